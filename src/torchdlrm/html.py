@@ -269,13 +269,16 @@ class Html(str):
         return self
 
 
-def bars(values: Sequence[float], intervals: Sequence[Sequence[float]] = (), *, centred: bool = False) -> list[Html]:
+def bars(
+    values: Sequence[float | None], intervals: Sequence[Sequence[float] | None] = (), *, centred: bool = False
+) -> list[Html]:
     """Cells with bars from 0 to values, all on one scale, and intervals around their ends; `centred`: 0 in the middle.
 
-    NaN has no bar.
+    What is None or NaN is not drawn.
     """
-    ends = intervals or [(math.nan, math.nan)] * len(values)
-    known = [value for value in (0.0, *values, *chain(*ends)) if math.isfinite(value)]
+    drawn = [math.nan if value is None else value for value in values]
+    ends = [pair or (math.nan, math.nan) for pair in intervals or [None] * len(values)]
+    known = [value for value in (0.0, *drawn, *chain(*ends)) if math.isfinite(value)]
     low, high = (-max(map(abs, known)), max(map(abs, known))) if centred else (min(known), max(known))
 
     def span(tag: str, start: float, end: float) -> str:
@@ -284,7 +287,7 @@ def bars(values: Sequence[float], intervals: Sequence[Sequence[float]] = (), *, 
 
     return [
         Html(f'<div class="bar">{span("s", 0, 0)}{span("i", min(0, value), max(0, value))}{span("u", *pair)}</div>')
-        for value, pair in zip(values, ends, strict=True)
+        for value, pair in zip(drawn, ends, strict=True)
     ]
 
 

@@ -75,11 +75,16 @@ def test_runs_beside_each_other_become_one_page(dlrm, small_run, tmp_path):
     (path / "config.toml").write_text(
         re.sub(r"learning_rate = [\d.]+", "learning_rate = 0.125", (path / "config.toml").read_text())
     )
-    done = dlrm("report", small_run, path, "--json", cwd=tmp_path)
+    done = dlrm("report", small_run, path, "--split", "test", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
     assert json.loads(done.stdout)["runs"] == [str(small_run), str(path)]
     rows = tables_of(page)
+    differences = {row[1]: row[3:6] for row in rows if row[0] == "other" and row[2] == ""}
+    assert differences["AUC"] == ["+0.00000"] * 3, "weights are the same"
+    assert (
+        f"<p><b>no difference in AUC larger than 0.00000 between the model other and the model {small_run.name}" in page
+    )
     assert [row[1:] for row in rows if row[0] == "key"] == [[small_run.name, "other"]]
     assert [row[0] for row in rows if row[-1] == "0.125"] == [
         "table_optimizer.learning_rate",

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from torchdlrm.cli.options import Json, refuse_mistyped
-from torchdlrm.cli.terminal import print_json, say
+from torchdlrm.cli.terminal import print_json, progress_bars, say
+from torchdlrm.errors import UserError
 from torchdlrm.folders import expect, found_in
 
 
@@ -14,22 +15,29 @@ def report(
     folders: list[Path],
     *,
     out: Annotated[Path, Parameter(name=["--out", "--html"])] = Path("report.html"),
+    split: str | None = None,
     as_json: Json = False,
 ) -> None:
     """Write a dataset, a run, a live model, or several runs beside each other as one HTML page, to mail or to keep.
 
     Of a dataset: click rate over the log, drift, unknown and missing values, frequencies. Of a run: its curves,
-    evaluations with their pictures, config, dataset and plan. Of several runs: curves over one another, and the
-    settings that differ. Of a live model: how well each log was predicted before it was learnt from, the gate, values
-    that came and went, time and size.
+    evaluations with their pictures, config, dataset and plan. Of several runs: curves over one another, the
+    settings that differ and, with --split, how they compare. Of a live model: how well each log was predicted before it
+    was learnt from, the gate, values that came and went, time and size.
 
     Args:
         folders: Written by `dlrm preprocess`, by `dlrm train`, which may still be training, or by `dlrm advance`;
             several are runs.
         out: The page; replaced if it is there.
+        split: Of several runs: compare the others with the first one on this split, as dlrm compare does.
     """
     refuse_mistyped(folders, "report")
     name = found_in(folders[0]).name if len(folders) == 1 else "run"
+    if split is not None and len(folders) == 1:
+        msg = (
+            f"`split`: compares several runs on it; what `dlrm evaluate {folders[0]}` has judged is on the page of one"
+        )
+        raise UserError(msg)
     about: dict[str, Any] = {name.split()[0]: str(folders[0])}
     if name == "dataset":
         page = _dataset_page(folders[0])
@@ -39,7 +47,7 @@ def report(
         expect("run", *folders)
         if len(folders) > 1:
             about = {"runs": [str(folder) for folder in folders]}
-        page = _runs_page(folders)
+        page = _runs_page(folders, split)
 
     from torchdlrm.html import write_page
 
@@ -56,12 +64,18 @@ def _dataset_page(folder: Path) -> str:
     return dataset_page(Dataset.open(folder))
 
 
-def _runs_page(folders: list[Path]) -> str:
+def _runs_page(folders: list[Path], split: str | None) -> str:
+    from torchdlrm.evaluation.compare import compare
     from torchdlrm.evaluation.report import report_page, runs_page
     from torchdlrm.training.run import Run
 
     runs = [Run.open(folder) for folder in folders]
-    return runs_page(runs) if len(runs) > 1 else report_page(runs[0])
+    if len(runs) == 1:
+        return report_page(runs[0])
+    if split is None:
+        return runs_page(runs)
+    with progress_bars("") as progress:
+        return runs_page(runs, compare(*runs, split=split, progress=progress))
 
 
 def _live_page(folder: Path) -> str:

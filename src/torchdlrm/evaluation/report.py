@@ -111,7 +111,11 @@ def _judged(named: Mapping[str, Run]) -> Iterator[Part]:
     for name, result in evaluations.items():
         if slices := result.get("slices", [])[:_MOST_SLICES]:
             heading = f"Slices of {name}, the one that is most surely predicted worse first"
-            yield Part(heading, rows=slice_table(slices), left=("worse by",))
+            drawn = bars([each["click_rate"] for each in slices], [each["intervals"]["click_rate"] for each in slices])
+            rows = [
+                {"slice": "", "click rates": bar} | row for bar, row in zip(drawn, slice_table(slices), strict=True)
+            ]
+            yield Part(heading, rows=rows, left=("worse by",))
     for name, content in found("importance").items():
         rows = difference_rows(content, [content["metric"]])
         yield Part(f"What the model uses: {name}", [_PERMUTED], rows=rows, left=("metric", "verdict"))

@@ -8,7 +8,7 @@ import pytest
 from helpers.pages import tables_of
 from torchdlrm.config import load_config
 from torchdlrm.evaluation.report import report_page, split_chart
-from torchdlrm.html import short, ticks
+from torchdlrm.html import bars, short, ticks
 from torchdlrm.training.run import Run
 
 
@@ -102,3 +102,15 @@ def test_ticks_are_few_round_and_hold_the_values(low, high):
     assert 2 <= len(got) <= 7
     assert got[0] <= low <= high <= got[-1]
     assert all(len(short(value)) <= 6 for value in got)
+
+
+def test_bars_of_a_column_are_on_one_scale():
+    def ends(cell, tag):
+        found = re.search(rf'<{tag} style="left:([\d.]+)%;width:([\d.]+)%">', cell)
+        return found and [float(found[1]), float(found[1]) + float(found[2])]
+
+    first, second, third = bars([2.0, -1.0, None], [(1.0, 3.0), None, None])
+    assert [ends(first, "i"), ends(first, "u"), ends(second, "i")] == [[25, 75], [50, 100], [0, 25]]
+    assert [ends(third, tag) for tag in "su"] == [[25, 25], None]
+    first, second = bars([2.0, -1.0], centred=True)
+    assert [ends(first, "s"), ends(first, "i"), ends(second, "i")] == [[50, 50], [50, 100], [25, 50]]
