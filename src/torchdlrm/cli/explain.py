@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from torchdlrm.cli.options import Json, NotNegative, OwnModel, Positive
-from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say_facts
+from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say_facts, warn
 from torchdlrm.errors import UserError
-from torchdlrm.folders import expect
+from torchdlrm.folders import expect, kind_of
 from torchdlrm.units import show_number
 
 
@@ -29,6 +29,8 @@ def importance(
     as_json: Json = False,
 ) -> None:
     """Show which features a model uses: how much worse it predicts where one has the values of other rows.
+
+    Of a run it is also written to RUN/evaluation/importance/, for `dlrm report`.
 
     Args:
         source: A bundle, or a run, which is exported to a temporary bundle in float32.
@@ -63,6 +65,13 @@ def importance(
             progress=progress,
             **vars(own_model),
         )
+    if (kind := kind_of(source)) is not None and kind.name == "run":
+        from torchdlrm.training.run import Run
+
+        try:
+            Run.open(source).write_evaluation(f"importance/{split}", found.as_json())
+        except OSError as error:  # a run may lie where it can only be read
+            warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
     rows = []
     for name, changes in found.differences.items():
         loss, others = changes[LOSS], {METRICS[metric].label: changes[metric].difference for metric in ("auc", "ne")}
