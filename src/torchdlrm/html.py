@@ -269,17 +269,12 @@ class Html(str):
         return self
 
 
-def bars(
-    values: Sequence[float | None], intervals: Sequence[Sequence[float] | None] = (), *, centred: bool = False
-) -> list[Html]:
-    """Cells with bars from 0 to values, all on one scale, and intervals around their ends; `centred`: 0 in the middle.
-
-    What is None or NaN is not drawn.
-    """
+def bars(values: Sequence[float | None], intervals: Sequence[Sequence[float] | None] = ()) -> list[Html]:
+    """Cells with bars from 0 to values, all on one scale, and intervals around their ends; None and NaN have none."""
     drawn = [math.nan if value is None else value for value in values]
     ends = [pair or (math.nan, math.nan) for pair in intervals or [None] * len(values)]
     known = [value for value in (0.0, *drawn, *chain(*ends)) if math.isfinite(value)]
-    low, high = (-max(map(abs, known)), max(map(abs, known))) if centred else (min(known), max(known))
+    low, high = min(known), max(known)
 
     def span(tag: str, start: float, end: float) -> str:
         left, width = (100 * length / (high - low or 1.0) for length in (start - low, end - start))

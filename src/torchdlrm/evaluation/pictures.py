@@ -95,15 +95,15 @@ def _distribution(name: str, drawn: Mapping[str, Any]) -> Chart:
 
 
 def difference_rows(found: Mapping[str, Any], metrics: Collection[str] = METRICS) -> list[dict[str, str]]:
-    """A table of a comparison as its `as_json` has it: differences in these metrics, drawn with 0 in the middle."""
+    """A table of a comparison as its `as_json` has it: differences in these metrics, drawn from 0."""
     rows = []
     for metric in metrics:
         pairs = {pair["name"]: pair["metrics"][metric] for pair in found["pairs"] if metric in pair["metrics"]}
         values, ends = ([pair[of] for pair in pairs.values()] for of in ("difference", "interval"))
-        for (name, pair), bar in zip(pairs.items(), bars(values, ends, centred=True), strict=True):
+        for (name, pair), bar in zip(pairs.items(), bars(values, ends), strict=True):
             shown = [f"{value:+.5f}" for value in (pair["difference"], *pair["interval"])]
             rows.append(
-                {"": name, "metric": METRICS[metric].label, "around 0": bar}
+                {"": name, "metric": METRICS[metric].label, "from 0": bar}
                 | dict(zip(("difference", "from", "to"), shown, strict=True))
                 | {"p": show_number(pair["p_value_corrected"], 4), "verdict": pair["verdict"]}
             )

@@ -112,5 +112,3 @@ def test_bars_of_a_column_are_on_one_scale():
     first, second, third = bars([2.0, -1.0, None], [(1.0, 3.0), None, None])
     assert [ends(first, "i"), ends(first, "u"), ends(second, "i")] == [[25, 75], [50, 100], [0, 25]]
     assert [ends(third, tag) for tag in "su"] == [[25, 25], None]
-    first, second = bars([2.0, -1.0], centred=True)
-    assert [ends(first, "s"), ends(first, "i"), ends(second, "i")] == [[50, 50], [50, 100], [25, 50]]
