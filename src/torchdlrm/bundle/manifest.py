@@ -21,7 +21,7 @@ from torchdlrm.judging.recalibration import Recalibration
 from torchdlrm.model.model_class import ModelClassRecord
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
-_WITH_NEVER_MISSING, _WITH_IDS, FORMAT_VERSION = 6, 7, 8
+_WITH_NEVER_MISSING, _WITH_IDS, FORMAT_VERSION = 6, 7, 8  # with a recalibration
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -41,10 +41,7 @@ def oldest_version(
     *,
     has_never_missing: bool = False,
 ) -> int:
-    """The oldest version of the format that says what must be said: older programs read all other bundles.
-
-    With a recalibration that is the newest.
-    """
+    """The oldest version of the format that says what must be said: older programs read all other bundles."""
     if schema.has_ids:
         return _WITH_IDS
     if has_never_missing:

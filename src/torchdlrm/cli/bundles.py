@@ -82,7 +82,6 @@ def export(
     print_check(bundle, exported.agreement)
     print_never_missing(bundle.dense)
     say(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})")
-    print_recalibration(bundle)
     about = bundle_as_dict(bundle, exported.search)
     if exported.agreement is not None:
         about["agreement"] = asdict(exported.agreement)
@@ -163,7 +162,6 @@ def show_bundle(folder: Path, *, as_json: bool) -> None:
     if len(labels) > 1:
         say(f"label {bundle.schema.label.name}, of {', '.join(labels)}")
     print_check(bundle)
-    print_recalibration(bundle)
 
 
 def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[str, Any]:
@@ -181,6 +179,8 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
     """Print how the bundle's predictions compare with the checkpoint's; of an export with what is not recorded."""
     from torchdlrm.metrics import METRICS
 
+    if (recalibration := bundle.manifest.recalibration) is not None:
+        say(f"recalibrated, {recalibration}: {recalibration.verdict}")
     check = bundle.manifest.check
     if check is None:
         return
@@ -201,12 +201,6 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
             f"{agreement.median_relative:.2g}; {agreement.distinct:,} different probabilities, the checkpoint has "
             f"{agreement.distinct_before:,}"
         )
-
-
-def print_recalibration(bundle: "Bundle") -> None:
-    """Print how the bundle's probabilities are made of its model's, where they are others."""
-    if (recalibration := bundle.manifest.recalibration) is not None:
-        say(f"recalibrated, {recalibration}: {recalibration.verdict}")
 
 
 def print_precision_search(search: "PrecisionSearch") -> None:

@@ -111,7 +111,6 @@ def export(
     model_class: ModelClass | None = None,
     allow_changed_model_class: bool = False,
     overwrite: bool = False,
-    recalibrate_if_better: bool = False,
     progress: ProgressListener | bool = True,
 ) -> Exported:
     """Write a bundle: one folder that predicts from raw rows.  Check that it predicts what the checkpoint predicts.
@@ -128,8 +127,6 @@ def export(
         model_class: that the run was trained with, where it was one of the user's.
         allow_changed_model_class: take it though its file has changed since.
         overwrite: export also where a bundle or a delta is there; it is replaced when the new one is complete.
-        recalibrate_if_better: leave a recalibration out that is not better by more than chance, and say so, instead of
-            refusing it.
         progress: receives the bytes and rows done. True draws a bar on a terminal, and writes lines in a notebook;
             False is silent.
 
@@ -147,7 +144,6 @@ def export(
             dataset=dataset,
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
-            recalibrate_if_better=recalibrate_if_better,
             progress=listener,
         )
         if delta_to is None:
@@ -171,7 +167,6 @@ def _export(
     model_class: ModelClass | None,
     allow_changed_model_class: bool,
     overwrite: bool,
-    recalibrate_if_better: bool,
     progress: ProgressListener,
 ) -> Exported:
     run = run if isinstance(run, Run) else Run.open(Path(run))
@@ -237,9 +232,7 @@ def _export(
             dense_precision, reason = "float32", failure
         elif served.dense_precision != dense_precision:
             reason += f"; here float32: {served.precision.reason}"
-        served.recalibration = recalibration_of(
-            served, dataset, options, is_required=not recalibrate_if_better, progress=progress
-        )
+        served.recalibration = recalibration_of(served, dataset, options, progress)
         _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         update = {"check": record, "files": files, "dense_precision": dense_precision}

@@ -30,6 +30,7 @@ class ExportOptions:
         recalibrate: Make probabilities that come true: fitted on the val split, refused where it is not better on the
             test split by more than chance.
         recalibrate_by: Do so apart for each frequent value of this categorical column, and for all others.
+        recalibrate_if_better: Leave it out where it is not better, instead of refusing it; in Python alone.
     """
 
     precision: TablePrecision | Literal["auto"] = "float32"
@@ -40,3 +41,4 @@ class ExportOptions:
     check_rows: Annotated[int, Parameter(validator=Number(gte=1))] = 100_000
     recalibrate: RecalibrationMethod | None = None
     recalibrate_by: str | None = None
+    recalibrate_if_better: Annotated[bool, Parameter(parse=False)] = False

@@ -3,6 +3,8 @@
 In: a served model, the dataset of its run.  Out: a `Recalibration` for its bundle, or why there is none.
 """
 
+import numpy as np
+
 from torchdlrm.bundle.served_model import ServedModel, predict_by_model
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, ConfigError, DatasetError
@@ -33,17 +35,15 @@ def check_recalibration(dataset: Dataset, options: ExportOptions) -> None:
 
 
 def recalibration_of(
-    model: ServedModel, dataset: Dataset, options: ExportOptions, *, is_required: bool, progress: ProgressListener
+    model: ServedModel, dataset: Dataset, options: ExportOptions, progress: ProgressListener
 ) -> Recalibration | None:
     """A recalibration that was fitted on the val split and judged on the test split, as the options say.
 
-    Where one of them is empty, every other row of the other one is for the one, and the rest for the other.
-
-    Returns:
-        None where it is not asked for, or neither better nor required; then the listener is told why.
+    Where one of them is empty, every other row of the other one is for the one, and the rest for the other. None where
+    it is not asked for, or may be left out and is, of which the listener hears.
 
     Raises:
-        BundleError: it is required, and not better by more than chance.
+        BundleError: it is not better by more than chance.
     """
     method, by = options.recalibrate, options.recalibrate_by
     if method is None:
@@ -64,12 +64,16 @@ def recalibration_of(
     found = fit(fitted, method, by, ids)
     why = f"on {names[0]} more clicks do not go with higher predictions: no recalibration helps"
     if found is not None and before.sums.rows > 1 and before.sums.weight > 0:
-        after = Judged.of(before.labels, found.apply(before.logits, other_ids), before.weights)
+        pieces = [
+            found.apply(before.logits[block], None if other_ids is None else other_ids[block])
+            for block in before.blocks()
+        ]
+        after = Judged.of(before.labels, np.concatenate(pieces), before.weights)
         verdict = Verdict.of(f"{names[1]} (fitted on {names[0]})", before, after)
         if verdict.is_better:
             return found.model_copy(update={"verdict": verdict})
         why = f"{found} is not better by more than chance: {verdict}"
-    if is_required:
+    if not options.recalibrate_if_better:
         msg = f"`recalibrate`: {why}; export without it"
         raise BundleError(msg)
     progress.note(f"not recalibrated: {why}")

@@ -26,6 +26,7 @@ MIN_SEGMENT_CLICKS = 500  # and as many rows without
 _BINS = {"isotonic": (4_096, 64), "histogram": (32, 32)}
 _MIN_KNOT_CLICKS, _MAX_SEGMENTS, _MAX_STEPS = 20, 64, 100
 _STEEPEST = 10.0  # more would make differences of the last digits of a logit
+_Pair = tuple[FiniteFloat, FiniteFloat]
 _Logits = Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=64)]
 
 
@@ -63,28 +64,14 @@ class LogitMap(_Frozen):
         return np.minimum(y[start] + slopes[place] * (logits - x[start]), most[place]).astype(np.float32)
 
 
-class SegmentMap(LogitMap):
-    """The map of the rows whose feature has this id."""
-
-    id: Annotated[int, Field(ge=0, lt=2**31)]
-
-
 class Verdict(_Frozen):
-    """What a recalibration changes on rows that it was not fitted on.
+    """What a recalibration changes on rows that it was not fitted on: before and after, and ends of an interval."""
 
-    Attributes:
-        rows: which these are, for people.
-        loss: before and after, in nats.
-        loss_difference: the ends of its interval of 95 %, of paired rows.
-        calibration_error: the expected calibration error before and after.
-        by_chance: what that is on average where predictions are right.
-    """
-
-    rows: str
-    loss: tuple[FiniteFloat, FiniteFloat]
-    loss_difference: tuple[FiniteFloat, FiniteFloat]
-    calibration_error: tuple[FiniteFloat, FiniteFloat]
-    by_chance: FiniteFloat
+    rows: str  # which these are, for people
+    loss: _Pair  # in nats
+    loss_difference: _Pair  # from and to, of paired rows
+    calibration_error: _Pair  # expected calibration error
+    by_chance: FiniteFloat  # what that is on average where predictions are right
 
     @classmethod
     def of(cls, rows: str, before: Judged, after: Judged) -> Self:
@@ -113,20 +100,12 @@ class Verdict(_Frozen):
 
 
 class Recalibration(_Frozen):
-    """How logits become those that a bundle predicts.
-
-    Attributes:
-        method: by which the maps were fitted.
-        by: the sparse feature whose frequent values have a map each; None: all rows have the same.
-        map: of the rows of other values, or of all.
-        segments: the maps of frequent values.
-        verdict: what it is worth.
-    """
+    """How logits become those that a bundle predicts, by which method, and what it is worth."""
 
     method: RecalibrationMethod
-    by: str | None = None
-    map: LogitMap
-    segments: Annotated[tuple[SegmentMap, ...], Field(max_length=_MAX_SEGMENTS)] = ()
+    by: str | None = None  # the sparse feature whose frequent values, by their ids, have maps of their own
+    map: LogitMap  # of all other rows
+    segments: Annotated[dict[int, LogitMap], Field(max_length=_MAX_SEGMENTS)] = {}
     verdict: Verdict | None = None
 
     def __str__(self) -> str:
@@ -135,9 +114,9 @@ class Recalibration(_Frozen):
     def apply(self, logits: NDArray[np.float32], ids: NDArray[Any] | None = None) -> NDArray[np.float32]:
         """What logits become [N]; where there is a feature `by`, its ids are given [N]."""
         found = self.map.apply(logits)
-        for segment in self.segments:
-            rows = np.flatnonzero(ids == segment.id)
-            found[rows] = segment.apply(logits[rows])
+        for value, own in self.segments.items():
+            rows = np.flatnonzero(ids == value)
+            found[rows] = own.apply(logits[rows])
         return found
 
 
@@ -159,18 +138,13 @@ def fit(
     fewest = np.minimum(clicks, np.bincount(ids) - clicks)
     frequent = np.sort(np.argsort(-fewest, kind="stable")[:_MAX_SEGMENTS])
     maps = {
-        int(value): _fit_map(rows_of(judged, ids == value), method)
+        int(value): found
         for value in frequent
-        if fewest[value] >= MIN_SEGMENT_CLICKS
+        if fewest[value] >= MIN_SEGMENT_CLICKS and (found := _fit_map(rows_of(judged, ids == value), method))
     }
     rest = rows_of(judged, ~np.isin(ids, [*maps]))
-    has_own = np.count_nonzero(rest.labels) >= MIN_SEGMENT_CLICKS
-    return Recalibration(
-        method=method,
-        by=by,
-        map=(_fit_map(rest, method) if has_own else None) or whole,
-        segments=tuple(SegmentMap(id=value, **dict(found)) for value, found in maps.items() if found is not None),
-    )
+    own = _fit_map(rest, method) if np.count_nonzero(rest.labels) >= MIN_SEGMENT_CLICKS else None
+    return Recalibration(method=method, by=by, map=own or whole, segments=maps)
 
 
 def _fit_map(judged: Judged, method: RecalibrationMethod) -> LogitMap | None:

@@ -273,11 +273,12 @@ class _Period:
             chosen = self.settings.export
             options = ExportOptions(
                 **chosen.model_dump(exclude={"name"}),
+                recalibrate_if_better=True,
                 checkpoint="last",
                 name=chosen.name or self.live.path.resolve().name,
             )
-            how = {"dataset": self.day / DATASET_NAME, "recalibrate_if_better": True, **self.own_model}
-            self.candidate = export(self.day / RUN_NAME, out, options=options, progress=self.progress, **how).bundle
+            how = {"options": options, "dataset": self.day / DATASET_NAME, **self.own_model}
+            self.candidate = export(self.day / RUN_NAME, out, progress=self.progress, **how).bundle
         return _folder_bytes(out)
 
     def _check(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from torchdlrm.errors import LiveError
 from torchdlrm.features.schema import problems
@@ -125,7 +125,7 @@ class PeriodRecord(_Frozen):
     features: dict[str, FeatureRecord]
     gate: GateRecord
     published: bool
-    recalibration: str | None = None
+    recalibration: str | None = Field(None, exclude_if=lambda value: value is None)
     bundle_bytes: int
     delta_bytes: int | None
 
@@ -140,10 +140,7 @@ class PeriodRecord(_Frozen):
 
     def write(self, folder: Path) -> None:
         """Write the record to the period's folder, atomically; the same record gives the same bytes."""
-        left_out = {"recalibration"} if self.recalibration is None else None
-        write_atomically(
-            folder / RECORD_NAME, json.dumps(self.model_dump(mode="json", exclude=left_out), indent=1) + "\n"
-        )
+        write_atomically(folder / RECORD_NAME, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
 
 class StepTime(_Frozen):

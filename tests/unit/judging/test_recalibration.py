@@ -134,16 +134,16 @@ def test_frequent_values_have_maps_of_their_own_and_the_others_share_one(seed):
     shift = np.select([ids == 1, ids == 2], [1.0, -1.0], 0.5)
     logits = (truth + shift).astype(np.float32)
     found = fit(Judged.of(labels, logits), "platt", "cat_5", ids)
-    assert [segment.id for segment in found.segments] == [1, 2, 3]
+    assert [*found.segments] == [1, 2, 3]
     expected = {1: -1.0, 2: 1.0, 3: -0.5}
-    for segment in found.segments:
-        assert segment.values[0] == pytest.approx(expected[segment.id], abs=0.15)
+    for value, own in found.segments.items():
+        assert own.values[0] == pytest.approx(expected[value], abs=0.15)
     again = Recalibration.model_validate_json(found.model_dump_json())
     assert again == found
     values = again.apply(logits, ids)
-    np.testing.assert_array_equal(values[ids == 2], found.segments[1].apply(logits[ids == 2]))
+    np.testing.assert_array_equal(values[ids == 2], found.segments[2].apply(logits[ids == 2]))
     np.testing.assert_array_equal(values[ids > 3], found.map.apply(logits[ids > 3]))
     assert found.map.values[0] == pytest.approx(-0.5, abs=0.2)
     few = fit(Judged.of(labels[:900], logits[:900]), "platt", "cat_5", ids[:900])
-    assert (few.segments, few.by) == ((), "cat_5")
+    assert (few.segments, few.by) == ({}, "cat_5")
     assert few.map == fit(Judged.of(labels[:900], logits[:900]), "platt").map
