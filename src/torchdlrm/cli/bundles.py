@@ -179,8 +179,6 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
     """Print how the bundle's predictions compare with the checkpoint's; of an export with what is not recorded."""
     from torchdlrm.metrics import METRICS
 
-    if (recalibration := bundle.manifest.recalibration) is not None:
-        say(f"recalibrated, {recalibration}: {recalibration.verdict}")
     check = bundle.manifest.check
     if check is None:
         return
@@ -201,6 +199,8 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
             f"{agreement.median_relative:.2g}; {agreement.distinct:,} different probabilities, the checkpoint has "
             f"{agreement.distinct_before:,}"
         )
+    if (recalibration := bundle.manifest.recalibration) is not None:
+        say(f"recalibrated after that, {recalibration}: {recalibration.verdict}")
 
 
 def print_precision_search(search: "PrecisionSearch") -> None:

@@ -27,7 +27,8 @@ def check_recalibration(dataset: Dataset, options: ExportOptions) -> None:
     """
     by, features = options.recalibrate_by, [c.name for c in dataset.schema.sparse if not c.is_multi_valued]
     if by is not None and (options.recalibrate is None or by not in features):
-        msg = f"`recalibrate_by`: {by} needs `recalibrate`, and to be one of {', '.join(features)}"
+        wrong = "needs `recalibrate`" if options.recalibrate is None else f"{by} is none of {', '.join(features)}"
+        msg = f"`recalibrate_by`: {wrong}"
         raise ConfigError(msg)
     if options.recalibrate is not None and not _held_out(dataset):
         msg = f"`recalibrate`: {dataset.path} has only rows that were learnt from; preprocess it with a val split"
