@@ -60,7 +60,7 @@ def test_groups_widen_intervals_as_copies_of_rows_must(seed):
 
 def test_an_error_by_chance_is_what_right_predictions_have_and_the_interval_holds_the_truth(seed):
     rng, errors, chances, held, held_0 = np.random.default_rng(seed), [], [], 0, 0
-    for _ in range(100):
+    for _ in range(60):
         right = reliability(Judged.of(*drawn(rng, 3_000)))
         errors.append(right.error.value)
         chances.append(right.by_chance)
@@ -70,7 +70,7 @@ def test_an_error_by_chance_is_what_right_predictions_have_and_the_interval_hold
         truth = np.abs(probabilities_of(logits / np.float32(1.6)) - probabilities_of(logits)).mean()
         held += wrong.error.low <= truth <= wrong.error.high
     assert np.mean(chances) == pytest.approx(np.mean(errors), rel=0.05)
-    assert min(held, held_0) >= 88
+    assert min(held, held_0) >= 53
 
 
 def test_blocks_change_nothing_and_slices_are_judged_by_themselves(seed, monkeypatch):
