@@ -81,7 +81,7 @@ def reliability_of_slices(judged: Judged, codes: NDArray[np.integer], num_bins: 
     return [reliability(rows_of(judged, codes == code), num_bins) for code in range(int(codes.max(initial=-1)) + 1)]
 
 
-def rows_of(judged: Judged, rows: NDArray[np.bool_] | slice) -> Judged:
+def rows_of(judged: Judged, rows: NDArray[np.bool_] | NDArray[np.integer] | slice) -> Judged:
     """Some of the rows."""
     weights = None if judged.weights is None else judged.weights[rows]
     groups = None if judged.groups is None else judged.groups[rows]

@@ -10,7 +10,7 @@ bad, one is marked in at most 5 % of cases. Slices of few rows or clicks are not
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,11 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.judged import Estimate, Judged, influence_on_means, interval, standard_error
 from torchdlrm.judging.comparison import LEVEL
 from torchdlrm.judging.paired import holm
+from torchdlrm.judging.reliability import rows_of
 from torchdlrm.metrics import METRICS, Metric, metrics_in
 from torchdlrm.units import show_number
 
-MIN_ROWS, MIN_CLICKS = (
-    200,
-    30,
-)  # of a slice; clicks, and other rows, at the click rate of all: its own is a matter of chance
+MIN_ROWS, MIN_CLICKS = 200, 30  # of a slice; as many clicks, and other rows, as the click rate of all rows makes expect
 MOST_SLICES = 20  # of a way to slice, besides all other rows
 _QUANTILES, _CROSSED_QUANTILES = 10, 4
 
@@ -37,16 +35,14 @@ _Places = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows that have something in common, and how well they are predicted.
+    """Rows that have something in common, as `name` says, and how well they are predicted.
 
     Attributes:
-        name: what they have in common, as in `cat_5 = 68fd1e64, int_2 = 3 to 5`.
-        rows: how many.
         share: of all rows.
         estimates: `click_rate` and the metrics of the place `table`, or their differences; NaN where rows are too few.
         worst: the metric by which they are most surely predicted worse.
         z: by how many standard errors.
-        p_value: how often chance makes any slice of as many seem that bad; NaN where rows are too few.
+        p_value: how often chance makes any slice of as many seem that bad.
         before: the same slice of the rows that a drift starts from.
     """
 
@@ -56,21 +52,22 @@ class Slice:
     estimates: Mapping[str, Estimate]
     worst: str = ""
     z: float = -math.inf
-    p_value: float = math.nan
+    p_value: float = 1.0
     before: "Slice | None" = None
 
     def as_json(self) -> dict[str, Any]:
         """Of plain types: estimates by name, and their `intervals`; None where something is not known."""
-        intervals = {name: None if math.isnan(of.low) else [of.low, of.high] for name, of in self.estimates.items()}
         found = {**vars(self), **{name: of.value for name, of in self.estimates.items()}}
-        found |= {"is_worse": self.p_value < LEVEL, "before": self.before and self.before.as_json()}
-        known = {name: None if isinstance(of, float) and not math.isfinite(of) else of for name, of in found.items()}
-        return {name: of for name, of in known.items() if name != "estimates"} | {"intervals": intervals}
+        found = {name: None if isinstance(of, float) and not math.isfinite(of) else of for name, of in found.items()}
+        estimates = found.pop("estimates").items()
+        intervals = {name: None if math.isnan(of.low) else [of.low, of.high] for name, of in estimates}
+        before = self.before and self.before.as_json()
+        return {**found, "is_worse": self.p_value < LEVEL, "intervals": intervals, "before": before}
 
 
 def columns_of(by: str) -> list[str]:
     """The columns of `cat_5,int_2,cat_5*int_2`, each once."""
-    return list(dict.fromkeys(name.strip() for name in by.replace("*", ",").split(",")))
+    return list(dict.fromkeys(name.strip() for name in by.replace("*", ",").split(",") if name.strip()))
 
 
 def slices(
@@ -98,19 +95,18 @@ def slices(
     """
     metrics = [m for m in metrics_in("table") if m.is_relative and (first is None or m.target is None)]
     found: list[Slice] = []
-    for way in dict.fromkeys("*".join(columns_of(way)) for way in by.split(",")):
+    for way in filter(None, dict.fromkeys("*".join(columns_of(way)) for way in by.split(","))):
         names, place = _cut(way, *(before or (judged, columns)))
         parts = _measured(names, place(columns), judged, first)
-        earlier = None if before is None else _measured(names, place(before[1]), before[0])
+        earlier = _measured(names, place(before[1]), before[0]) if before else []
         with np.errstate(all="ignore"):
             zs = np.array([_z(metric, parts, earlier, is_difference=first is not None) for metric in metrics])
         zs[~np.isfinite(zs)] = -math.inf
-        for i, part in enumerate(parts):
-            k, z = int(zs[:, i].argmax()), float(zs[:, i].max())
-            p_value = math.nan if z == -math.inf else min(1.0, len(metrics) * math.erfc(z / math.sqrt(2)))
-            was = earlier[i] if earlier else None
-            found.append(replace(part, worst=metrics[k].name, z=z, p_value=p_value, before=was))
-    found = [part for part in found if part.rows or (part.before and part.before.rows)]
+        for part, was, z in zip_longest(parts, earlier, zs.T):
+            p_value = min(1.0, len(metrics) * math.erfc(z.max() / math.sqrt(2)))
+            if part.rows or (was and was.rows):
+                by_metric = {"worst": metrics[z.argmax()].name, "z": float(z.max())}
+                found.append(replace(part, **by_metric, p_value=p_value, before=was))
     corrected = zip(found, holm([part.p_value for part in found]), strict=True)
     return sorted((replace(part, p_value=p_value) for part, p_value in corrected), key=lambda part: -part.z)
 
@@ -120,12 +116,10 @@ def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
     def cell(part: Mapping[str, Any], name: str) -> str:
         low, high = part["intervals"][name] or (0.0, 0.0)
-        reach = (high - low) / 2
-        digits = max(3, 1 - math.floor(math.log10(reach))) if reach else 3  # as many as the interval gives meaning to
-        value = show_number(part[name], digits)
-        if part["before"]:
-            return f"{show_number(part['before'][name], digits)} → {value}"
-        return f"{value} ±{reach:.{digits}f}" if reach else value
+        # As many digits as the interval gives meaning to.
+        digits = min(6, max(3, 1 - math.floor(math.log10((high - low) / 2)))) if high > low else 3
+        value, before = show_number(part[name], digits), part["before"]
+        return f"{show_number(before[name], digits)} → {value}" if before else f"{value} ±{(high - low) / 2:.{digits}f}"
 
     columns = {"click_rate": "click rate", **{metric.name: metric.label for metric in metrics_in("table")}}
     return [
@@ -133,34 +127,35 @@ def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "slice": part["name"],
             "rows": f"{part['rows']:,}",
             **{label: cell(part, name) for name, label in columns.items()},
-            "p": "<0.0001" if part["is_worse"] and part["p_value"] < 1e-4 else show_number(part["p_value"], 4),
+            "p": f"{part['p_value']:.4f}" if part["p_value"] >= 1e-4 else "<0.0001",
             "worse by": METRICS[part["worst"]].label if part["is_worse"] else "",
         }
         for part in found
     ]
 
 
-def _z(metric: Metric, parts: Sequence[Slice], earlier: Sequence[Slice] | None, *, is_difference: bool) -> _Floats:
+def _z(metric: Metric, parts: Sequence[Slice], earlier: Sequence[Slice], *, is_difference: bool) -> _Floats:
     """By how many standard errors each slice is worse than what it is compared with [slices]."""
-
-    def badness(parts: Sequence[Slice]) -> tuple[_Floats, _Floats]:
-        value, error = np.array([part.estimates[metric.name][:2] for part in parts]).T
-        if metric.target is None:
-            return -value if metric.better == "higher" else value, error
-        # A ratio to the click rate, which is nearer to normal as an angle where few rows are clicked, or few are not.
-        rate = np.array([part.estimates["click_rate"].value for part in parts])
-        angle = np.abs(np.arcsin(np.sqrt(rate * value / metric.target)) - np.arcsin(np.sqrt(rate)))
-        return 2.0 * angle * np.sqrt((1.0 - rate) / rate), error / value
-
-    bad, error = badness(parts)
-    if earlier is not None:
-        was, was_error = badness(earlier)
+    bad, error = _badness(metric, parts)
+    if earlier:
+        was, was_error = _badness(metric, earlier)
         return (bad - was) / np.hypot(error, was_error)
     if is_difference or metric.target is not None:
         return bad / error
     rows = np.where(np.isfinite(error), [part.rows for part in parts], 0)
     others, total, squares = (np.nansum(of) - of for of in (rows, rows * bad, (rows * error) ** 2))
     return (bad - total / others) / np.hypot(error, np.sqrt(squares) / others)
+
+
+def _badness(metric: Metric, parts: Sequence[Slice]) -> tuple[_Floats, _Floats]:
+    """What is larger where predictions are worse, and its standard error [slices]."""
+    value, error = np.array([part.estimates[metric.name][:2] for part in parts]).T
+    if metric.target is None:
+        return -value if metric.better == "higher" else value, error
+    # A ratio to the click rate, which is nearer to normal as an angle where few rows are clicked, or few are not.
+    rate = np.array([part.estimates["click_rate"].value for part in parts])
+    angle = np.abs(np.arcsin(np.sqrt(rate * value / metric.target)) - np.arcsin(np.sqrt(rate)))
+    return 2.0 * angle * np.sqrt((1.0 - rate) / rate), error / value
 
 
 def _cut(way: str, judged: Judged, columns: pl.DataFrame) -> tuple[list[str], Callable[[pl.DataFrame], _Places]]:
@@ -190,7 +185,7 @@ def _measured(names: Sequence[str], places: _Places, judged: Judged, first: Judg
     ends = np.cumsum(np.bincount(places, minlength=len(names)))
     rate_moves = influence_on_means(lambda _: (1.0, 0.0, 0.0, 0.0))
     for name, rows in zip(names, np.split(order, ends[:-1]), strict=True):
-        part, was = _rows(judged, rows), None if first is None else _rows(first, rows)
+        part, was = rows_of(judged, rows), None if first is None else rows_of(first, rows)
         estimates = dict.fromkeys(["click_rate", *(m.name for m in metrics_in("table"))], interval(math.nan, math.nan))
         if part.sums.weight:
             rate = part.sums.mean(part.sums.clicks)
@@ -204,12 +199,6 @@ def _measured(names: Sequence[str], places: _Places, judged: Judged, first: Judg
 def _least_rows(judged: Judged) -> float:
     rate = np.mean(judged.labels != 0) if judged.labels.size else 0.0
     return max(MIN_ROWS, MIN_CLICKS / max(min(rate, 1.0 - rate), 1e-9))
-
-
-def _rows(judged: Judged, rows: NDArray[np.integer]) -> Judged:
-    weights = None if judged.weights is None else judged.weights[rows]
-    groups = None if judged.groups is None else np.unique(judged.groups[rows], return_inverse=True)[1]
-    return Judged.of(judged.labels[rows], judged.logits[rows], weights, groups)
 
 
 def _cells(column: pl.Series, num_ranges: int) -> pl.Expr:
