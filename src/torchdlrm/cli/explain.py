@@ -50,7 +50,7 @@ def importance(
         raise UserError(msg)
     announce(f"importance of the features of {source}")
     from torchdlrm.insight.importance import importance as permute
-    from torchdlrm.metrics import LOSS, METRICS
+    from torchdlrm.metrics import LOSS, METRICS, metrics_in
 
     with progress_bars("") as progress:
         found = permute(
@@ -74,12 +74,9 @@ def importance(
             warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
     rows = []
     for name, changes in found.differences.items():
-        loss, others = changes[LOSS], {METRICS[metric].label: changes[metric].difference for metric in ("auc", "ne")}
-        cells = {
-            METRICS[LOSS].label: loss.difference,
-            **dict(zip(("from", "to"), loss.interval, strict=True)),
-            **others,
-        }
+        loss = changes[LOSS]
+        cells = {METRICS[LOSS].label: loss.difference, "from": loss.interval[0], "to": loss.interval[1]}
+        cells |= {metric.label: changes[metric.name].difference for metric in metrics_in("log")}
         texts = {column: f"{value:+.5f}" for column, value in cells.items()} | {"p": f"{loss.p_value_corrected:.4f}"}
         rows.append({"": name, **texts, "used": "yes" if loss.verdict == "worse" else "-"})
     print_table(f"change where a feature has other rows' values: {found.rows:,} rows of {split}, p by Holm", rows)

@@ -1,8 +1,9 @@
-"""Says what a bundle's tables hold. Each is read in blocks; memory holds some 10 bytes for each of its R rows.
+"""Says what a bundle's tables hold. Each is read in blocks; memory holds some 12 bytes for each of its R rows.
 
 D is the dimension of a row.
 """
 
+import heapq
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from torchdlrm.progress import ProgressListener
 from torchdlrm.toml import did_you_mean
 
 _BLOCK_BYTES = 16 << 20
+_QUANTILES = (0.05, 0.5, 0.95)
 SEEN_FROM = (1, 10, 100, 1_000)  # rows are told apart by how often training has seen their value
 
 
@@ -60,21 +62,25 @@ def nearest(bundle: Bundle, feature: str, value: str, count: int = 10) -> dict[s
     if found.is_empty():
         msg = f"`neighbours`: {shown(value)} has no id in the vocabulary of {feature}"
         raise ConfigError(msg)
-    row, blocks = next(_blocks(bundle, tables[feature], start=found[0]))[0], _blocks(bundle, tables[feature])
-    products = np.concatenate([block @ row / np.linalg.norm(block, axis=1).clip(1e-30) for block in blocks])
-    cosines_R = np.where(seen_R > 0, products / np.linalg.norm(row).clip(1e-30), -2)  # of what has no value, below all
-    cosines_R[found[0]] = -2
-    best = np.argpartition(-cosines_R, min(count, len(cosines_R) - 1))[:count]
-    names = dict(vocabulary.filter(pl.col("id").is_in(best)).select("id", "value").collect().iter_rows())
-    return {names[i]: float(cosines_R[i]) for i in best[np.argsort(-cosines_R[best])] if i in names and i != found[0]}
+    row, near, end = next(_blocks(bundle, tables[feature], start=found[0]))[0], list[tuple[float, int]](), 0
+    for block in _blocks(bundle, tables[feature]):
+        cosines = block @ row / (np.linalg.norm(block, axis=1) * np.linalg.norm(row)).clip(1e-30)
+        cosines[seen_R[end : end + len(block)] == 0] = -2  # row 0, and those whose value has expired
+        best = np.argpartition(-cosines, min(count, len(block) - 1))[: count + 1]
+        near += zip(cosines[best].tolist(), (end + best).tolist(), strict=True)
+        end += len(block)
+    nearest_ids = {i: cosine for cosine, i in heapq.nlargest(count + 1, near) if i != found[0] and cosine > -2}
+    names = dict(vocabulary.filter(pl.col("id").is_in([*nearest_ids])).select("id", "value").collect().iter_rows())
+    return {names[i]: cosine for i, cosine in [*nearest_ids.items()][:count]}
 
 
 def _use_of(bundle: Bundle, table: FeatureTable, progress: ProgressListener) -> dict[str, Any]:
-    gram_DD, lengths, seen_R = np.zeros((table.dim, table.dim)), [], _seen(bundle, table)
+    seen_R, lengths_R = _seen(bundle, table), np.empty(table.rows, np.float32)
+    gram_DD, end = np.zeros((table.dim, table.dim)), 0
     for block in _blocks(bundle, table):
         exact = block.astype(np.float64)
         gram_DD += exact.T @ exact
-        lengths.append(np.linalg.norm(block, axis=1))
+        lengths_R[end : (end := end + len(block))] = np.linalg.norm(block, axis=1)
         progress.advance(len(block))
     singular_D = np.sqrt(np.linalg.eigvalsh(gram_DD).clip(0))
     fractions = singular_D[singular_D > 0] / singular_D.sum()
@@ -82,8 +88,8 @@ def _use_of(bundle: Bundle, table: FeatureTable, progress: ProgressListener) -> 
     use = {"table": table.key, "rows": table.rows, "dim": table.dim, "effective_rank": rank}
     if seen_R is None:
         return use | {"seen_rows": None, "norms": {}}
-    groups = {seen: np.concatenate(lengths)[seen_R == i] for i, seen in enumerate(SEEN_FROM, 1)}
-    norms = {seen: np.quantile(of, (0.05, 0.5, 0.95)).tolist() for seen, of in groups.items() if of.size}
+    groups = ((seen, lengths_R[seen_R == i]) for i, seen in enumerate(SEEN_FROM, 1))
+    norms = {seen: np.quantile(of, _QUANTILES, overwrite_input=True).tolist() for seen, of in groups if of.size}
     return use | {"seen_rows": int(np.count_nonzero(seen_R)), "norms": norms}
 
 
