@@ -161,11 +161,12 @@ def _line(judged: Judged) -> LogitMap | None:
         for block in judged.blocks():
             x = np.stack([judged.logits[block].astype(np.float64), np.ones(block.stop - block.start)])
             weight = 1.0 if judged.weights is None else judged.weights[block].astype(np.float64)
-            clicked, logit = judged.labels[block] != 0, (at + step) @ x
+            clicked, logit = judged.labels[block] != 0, (at + step)[0] * x[0] + (at + step)[1]
             probability = np.exp(-np.logaddexp(0.0, -logit))
             loss += float((weight * np.logaddexp(0.0, np.where(clicked, -logit, logit))).sum())
-            gradient += x @ (weight * (probability - clicked))
-            curvature += (x * (weight * probability * (1 - probability))) @ x.T
+            # Not by BLAS, whose sums depend on the number of threads.
+            gradient += np.einsum("in,n->i", x, weight * (probability - clicked))
+            curvature += np.einsum("in,jn,n->ij", x, x, weight * probability * (1 - probability))
         if loss <= least:
             at, least = at + step, loss
             if not np.linalg.cond(curvature) < 1e12:  # all logits are the same, or tell the clicks exactly
