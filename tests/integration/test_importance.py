@@ -7,12 +7,14 @@ import polars as pl
 import pytest
 import torch
 
+from helpers.pages import tables_of
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.table_lookup import TableLookup
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import ConfigError, RunError
+from torchdlrm.evaluation.report import report_page
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import criteo_schema
@@ -23,6 +25,7 @@ from torchdlrm.progress import SILENT
 from torchdlrm.synthetic.rows import RowGenerator
 from torchdlrm.synthetic.synthesize import synthesize
 from torchdlrm.training.job import train
+from torchdlrm.training.run import Run
 
 ROWS, SEED = 30_000, 1
 UNUSED = ("int_3", "cat_7")  # their values are dealt out anew among the rows: the truth does not use them
@@ -50,6 +53,15 @@ def bundle(run):
 @pytest.fixture(scope="module")
 def found(bundle):
     return importance(bundle, split="val+test", groups={"unused": UNUSED, "counts": ["int_*"]})
+
+
+def test_what_was_found_of_a_run_is_on_its_page(dlrm, run):
+    assert dlrm("importance", run, "--features", "int_4,int_3", "--max-rows", "600").returncode == 0
+    page = report_page(Run.open(run)).partition("<h2>What the model uses: test</h2>")[2]
+    rows = tables_of(page[page.index("<table>") : page.index("</table>") + len("</table>")])
+    assert {row[0] for row in rows[1:]} == {"without int_4", "without int_3"}
+    assert rows[0][2:6] == ["from 0", "difference", "from", "to"]
+    assert page.count('<div class="bar">') == 2
 
 
 def test_the_truth_is_found(found):

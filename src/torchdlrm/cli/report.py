@@ -65,7 +65,6 @@ def _dataset_page(folder: Path) -> str:
 
 
 def _runs_page(folders: list[Path], split: str | None) -> str:
-    from torchdlrm.evaluation.compare import compare
     from torchdlrm.evaluation.report import report_page, runs_page
     from torchdlrm.training.run import Run
 
@@ -74,6 +73,8 @@ def _runs_page(folders: list[Path], split: str | None) -> str:
         return report_page(runs[0])
     if split is None:
         return runs_page(runs)
+    from torchdlrm.evaluation.compare import compare
+
     with progress_bars("") as progress:
         return runs_page(runs, compare(*runs, split=split, progress=progress))
 

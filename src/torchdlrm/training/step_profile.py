@@ -13,13 +13,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.profiler import ProfilerActivity
 
 from torchdlrm.files import replacing, write_atomically
-from torchdlrm.training.processes.process_group import Ranks
+
+if TYPE_CHECKING:  # it needs TorchRec, which a report of what was profiled does not
+    from torchdlrm.training.processes.process_group import Ranks
 
 WARM_UP_STEPS = 5
 
@@ -83,7 +85,7 @@ class StepProfiler:
         num_steps: how many steps; none for 0.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, after_step: int, num_steps: int) -> None:
+    def __init__(self, folder: Path, ranks: "Ranks", *, after_step: int, num_steps: int) -> None:
         self._folder, self._ranks, self._num_steps = folder, ranks, num_steps
         self._first, self._last = after_step, after_step + num_steps
         self._profiler: torch.profiler.profile | None = None
@@ -137,7 +139,7 @@ def read_profiles(folder: Path) -> list[StepProfile]:
     return [StepProfile(**record) for record in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
-def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepProfile:
+def summarize(events: Iterable[Any], ranks: "Ranks", *, num_steps: int) -> StepProfile:
     """Add up the profiler's events of these steps, `FunctionEvent`s: on a GPU its kernels, on CPU the operators."""
     on_gpu = ranks.device.type == "cuda"
     computation: list[tuple[float, float]] = []  # start and end of each, in microseconds
