@@ -171,7 +171,11 @@ def group_areas(labels: Labels, scores: Scores, groups: NDArray[np.integer], wei
 def _group_areas(
     labels: Labels, scores: Scores, groups: NDArray[np.integer], weights: Weights, num_groups: int
 ) -> GroupAreas:
-    order = np.lexsort((scores, groups))
+    if scores.dtype == np.float32:  # as one integer: numpy sorts these several times as fast
+        bits = (scores + np.float32(0)).view(np.int32)  # 0 in place of -0, which is equal
+        order = np.argsort((groups.astype(np.int64) << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF)))
+    else:
+        order = np.lexsort((scores, groups))
     group, score, clicked = groups[order], scores[order], labels[order] != 0
     weight = np.ones(order.size) if weights is None else weights[order].astype(np.float64)
     is_first = np.r_[True, (group[1:] != group[:-1]) | (score[1:] != score[:-1])][: group.size]

@@ -10,14 +10,13 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from helpers.raw_logs import read_criteo
-from torchdlrm import Run, evaluate
+from torchdlrm import evaluate
 from torchdlrm.cli.evaluate import evaluate as evaluate_command
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError, LiveError, RunError, UserError
 from torchdlrm.evaluation.predictions import predicted_rows, write_predictions
-from torchdlrm.evaluation.split_rows import UNKNOWN_VALUE, predict_split
+from torchdlrm.evaluation.split_rows import UNKNOWN_VALUE
 from torchdlrm.judging.slices import slices
-from torchdlrm.training.processes.launch import Processes, launch
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +43,6 @@ def test_they_are_in_the_order_of_the_log_with_its_values(rows, held_out):
     assert found["cat_0"].filter(is_known).equals(held_out["cat_0"].filter(is_known), null_equal=True)
     assert rows.name == "run"
     assert rows.about == {"split": "val+test", "label": "label", "step": 67, "checkpoint": "best"}
-
-
-def predict(run):
-    trained = Run.open(run)
-    return predict_split(trained, trained.open_dataset(), "val+test", batch_size_global=101)[1]
-
-
-def test_the_order_does_not_depend_on_the_number_of_processes(rows, small_run):
-    found = launch(predict, small_run, processes=Processes(2))
-    np.testing.assert_array_equal(found.labels, rows.judged.labels)
-    np.testing.assert_allclose(found.logits, rows.judged.logits, atol=1e-5)
 
 
 def test_a_bundle_has_the_same_rows_found_by_itself(rows, small_bundle, small_run, small_dataset, tmp_path):

@@ -207,8 +207,15 @@ def test_two_processes_train_and_evaluate_the_same(folder, dlrm, tmp_path):
         # In a batch of 101 rows one pair that changes places is 2e-4 of the AUC or more.
         for name, allowed in (("loss", 2e-4), ("ne", 2e-4), ("auc", 1e-3)):
             assert right[name] == pytest.approx(left[name], abs=allowed), (left["step"], name)
-    done = dlrm("evaluate", tmp_path / "run", "--split", "test", "--nproc-per-node", 2, "--json")
+    rows = tmp_path / "rows.parquet"
+    done = dlrm(
+        "evaluate", tmp_path / "run", "--nproc-per-node", 2, "--json", "--predictions", rows, "--batch-size-global", 50
+    )
     assert done.returncode == 0, done.stderr
+    # In the order of the split, whatever the number of processes.
+    written, one_process = pl.read_parquet(rows), predicted(tmp_path / "run", "test")
+    for name, values in (("label", one_process.labels), ("weight", one_process.weights), ("logit", one_process.logits)):
+        np.testing.assert_allclose(written[name], values, atol=1e-5)
     result, expected = json.loads(done.stdout), evaluate(tmp_path / "run", None, "test")
     found = result.pop("intervals")
     for name, interval in expected.pop("intervals").items():
