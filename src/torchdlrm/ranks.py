@@ -112,7 +112,8 @@ class _Class:
             order = np.argsort(scores)
             self._scores = scores[order]
             self._cumulated = np.zeros(order.size + 1)
-            np.cumsum(weights[order], dtype=np.float64, out=self._cumulated[1:])
+            self._cumulated[1:] = weights[order]
+            np.cumsum(self._cumulated, out=self._cumulated)
 
     def fraction_below(self, scores: Scores) -> NDArray[np.float64]:
         """Which fraction of the class has a lower score than each of these, ties as half [K]."""
