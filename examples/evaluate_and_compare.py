@@ -17,7 +17,7 @@ def main(dataset: str, folder: str) -> Comparison:
         train(load_config("criteo-small", sizes), dataset, run)
         metrics = evaluate(run, split="test")
         print(f"dimension {dim:>2}: AUC {metrics['auc']:.4f}, logloss {metrics['logloss']:.4f}")
-    return compare(Path(folder) / "dim-4", Path(folder) / "dim-16", split="test")
+    return compare(f"dim-4={folder}/dim-4", f"dim-16={folder}/dim-16", split="test")
 
 
 if __name__ == "__main__":

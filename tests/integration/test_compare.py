@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -41,7 +42,7 @@ def test_files_of_predictions_are_compared_by_seeds_and_groups(files, dlrm):
     low, high = pair["metrics"]["auc"]["interval"]
     assert 0 < low < pair["metrics"]["auc"]["difference"] < high
     assert {*result["power"]} == {"difference", "wide"}
-    assert "a difference of 0.0005 of wide would be seen, 4 times in 5, with" in done.stderr
+    assert "wide: a difference of 0.0005 in AUC would be seen, 4 times in 5, with" in done.stderr
 
 
 def test_slices_on_which_the_others_lost_are_those_of_their_first_models(files, tmp_path, dlrm):
@@ -70,9 +71,9 @@ def test_a_single_file_pair_is_a_paired_test_whatever_the_metric(files):
     for name in ("base", "wide-0"):
         frame = pl.read_csv(files / f"{name}.csv")
         losses.append(-np.log(np.where(frame["label"] == 1, frame["prediction"], 1 - frame["prediction"])))
-    found = compare(files / "base.csv", files / "wide-0.csv", metric="logloss", progress=False)
+    found = compare(files / "base.csv", f"wide={files}/wide-0.csv", metric="logloss", progress=False)
     expected = stats.ttest_rel(losses[1], losses[0])
-    difference = found.differences["wide-0.csv"]["logloss"]
+    difference = found.differences["wide"]["logloss"]
     assert difference.p_value == pytest.approx(expected.pvalue, rel=1e-3)
     assert difference.interval == pytest.approx([*expected.confidence_interval()], rel=1e-3)
 
@@ -81,15 +82,17 @@ def test_a_run_its_bundles_and_their_files_are_judged_on_the_same_rows(
     small_run, small_bundle, small_dataset, tmp_path, dlrm
 ):
     int8 = export(small_run, tmp_path / "int8", options=ExportOptions(precision="int8")).bundle.path
-    found = compare(Run.open(small_run), Bundle.open(int8), small_bundle, dataset=small_dataset, progress=False)
-    assert found.values["run"]["auc"] == pytest.approx([evaluate(small_run, progress=False)["auc"]], abs=1e-9)
-    same, rounded = (found.differences[name]["auc"] for name in ("small", "int8"))
+    found = compare(
+        Run.open(small_run), Bundle.open(int8), f"same={small_bundle}", dataset=small_dataset, progress=False
+    )
+    assert found.values[str(small_run)]["auc"] == pytest.approx([evaluate(small_run, progress=False)["auc"]], abs=1e-9)
+    same, rounded = (found.differences[name]["auc"] for name in ("same", str(int8)))
     assert abs(same.difference) < 1e-5
     assert 0 < abs(rounded.difference) < 0.01
     done = dlrm("evaluate", small_run, "--predictions", tmp_path / "p.parquet")
     assert done.returncode == 0, done.stderr
     again = compare(small_run, tmp_path / "p.parquet", progress=False)
-    assert again.differences["p.parquet"]["logloss"].difference == pytest.approx(0, abs=1e-9)
+    assert again.differences[str(tmp_path / "p.parquet")]["logloss"].difference == pytest.approx(0, abs=1e-9)
     with pytest.raises(DatasetError, match=r"judged on different rows .*, so .* the same split"):
         compare(small_run, tmp_path / "p.parquet", split="val", progress=False)
 
@@ -109,7 +112,7 @@ def test_other_rows_are_refused_in_one_sentence(files, dlrm):
     ("words", "message"),
     [
         ("base.csv", "CANDIDATES: two or more that differ are compared, and base.csv is there alone"),
-        ("wide-*.csv", "and wide is one recipe with 3 seeds"),
+        ("wide-*.csv", "and wide-*.csv is one recipe with 3 seeds"),
         ("base.csv deep=deep-*.csv", "CANDIDATES: nothing matches deep-*.csv"),
         ("base.csv base2.csv", "base2.csv: there is no such file; did you mean base.csv?"),
         ("base.csv wide-0.csv --metric acu", "--metric: must be one of auc, "),
@@ -125,25 +128,27 @@ def test_mistakes_are_answered(words, message, files, dlrm):
     assert message in done.stderr
 
 
-def test_candidates_are_called_by_what_tells_them_apart(tmp_path):
-    for name in ("a/wide-8", "a/wide-9", "b/wide-8", "plain"):
+def test_candidates_are_called_as_they_are_given_or_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/wide-8", "a/wide-9", "a=b/c", "plain"):
         (tmp_path / name).mkdir(parents=True)
-
-    def names(*candidates):
-        return [*named_sources([f"{tmp_path}/{one}" if "=" not in one else one for one in candidates])]
-
-    assert names("plain", "a/wide-8") == ["plain", "wide-8"]
-    assert names("a/wide-8", "b/wide-8") == [f"{tmp_path}/a/wide-8", f"{tmp_path}/b/wide-8"]
-    assert names("plain", "a/wide-*") == ["plain", "wide"]
-    assert names("plain", f"deep={tmp_path}/a/*") == ["plain", "deep"]
+    found = named_sources(["plain/", Path("a/wide-8"), "a/wide-*", "deep=a/wide-9", "a=b/c"])
+    assert {name: [*map(str, of)] for name, of in found.items()} == {
+        "plain": ["plain/"],
+        "a/wide-8": ["a/wide-8"],
+        "a/wide-*": ["a/wide-8", "a/wide-9"],
+        "deep": ["a/wide-9"],
+        "a=b/c": ["a=b/c"],
+    }
     with pytest.raises(ConfigError, match="plain is there alone"):
-        names("plain", "plain")
+        named_sources(["plain", "plain/"])
 
 
-def test_a_period_of_a_live_model_is_compared_with_a_file(three_days, tmp_path):
+def test_a_period_of_a_live_model_is_compared_with_a_file(three_days, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scores = three_days / "days" / "0003" / "scores.parquet"
     frame = pl.read_parquet(scores).with_columns(logit=pl.col("logit") * 0.5)
     frame.write_parquet(tmp_path / "half.parquet")
-    found = compare(three_days / "days" / "0003", tmp_path / "half.parquet", metric="logloss", progress=False)
-    assert found.differences["half.parquet"]["auc"].difference == 0
-    assert found.differences["half.parquet"]["logloss"].p_value < 1
+    found = compare(three_days / "days" / "0003", "half=half.parquet", metric="logloss", progress=False)
+    assert found.differences["half"]["auc"].difference == 0
+    assert found.differences["half"]["logloss"].p_value < 1

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from helpers.command_server import shared_server
-from torchdlrm import Run, compare, evaluate
+from torchdlrm import compare, evaluate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
@@ -70,7 +70,7 @@ def test_two_runs_are_measured_and_compared(request, tmp_path):
     output = run_example("evaluate_and_compare", tmp_path, request)
     metrics = [evaluate(tmp_path / "runs" / f"dim-{dim}", split="test") for dim in (4, 16)]
     assert [f"{one['auc']:.4f}" for one in metrics] == re.findall(r"AUC (0\.\d+),", output)
-    found = compare(Run.open(tmp_path / "runs" / "dim-4"), tmp_path / "runs" / "dim-16")
+    found = compare(f"dim-4={tmp_path}/runs/dim-4", f"dim-16={tmp_path}/runs/dim-16")
     for name in ("auc", "logloss"):
         difference = found.differences["dim-16"][name].difference
         assert difference == pytest.approx(metrics[1][name] - metrics[0][name], abs=1e-9)

@@ -49,7 +49,7 @@ def compare(
     announce(f"compare {', '.join(candidates)}")
 
     from torchdlrm.evaluation.compare import compare as compare_models
-    from torchdlrm.metrics import BEST
+    from torchdlrm.metrics import BEST, METRICS
 
     with progress_bars("") as progress:
         found = compare_models(
@@ -72,7 +72,8 @@ def compare(
     for name, parts in found.slices.items():
         print_slices([part.as_json() for part in parts], f"{name}, differences from {next(iter(found.values))}: ")
     for name, enough in needed.items():
-        say(f"a difference of {power:g} of {name} would be seen, 4 times in 5, with {enough}")
+        difference = f"a difference of {power:g} in {METRICS[found.metric].label}"
+        say(f"{name}: {difference} would be seen, 4 times in 5, with {enough}")
     if as_json:
         shown = {name: {"rows": enough.rows, "seeds": enough.seeds} for name, enough in needed.items()}
         print_json(found.as_json() | ({} if power is None else {"power": {"difference": power, **shown}}))

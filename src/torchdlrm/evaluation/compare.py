@@ -33,7 +33,7 @@ Source = Union["Run", "Bundle", str, Path]
 
 
 def compare(
-    *candidates: Source | Sequence[Source],
+    *candidates: Source,
     dataset: "Dataset | str | Path | None" = None,
     split: str = "test",
     metric: str = BEST,
@@ -52,8 +52,8 @@ def compare(
 
     Args:
         candidates: two or more. Each is a run, a bundle, the folder of a period of a live model, a file of predictions,
-            or several of these, the models of one recipe that were trained with different seeds: as a list, by a
-            pattern such as `runs/wide-*`, or with a name, as in `wide=runs/wide-*`.
+            or several of these, the models of one recipe that were trained with different seeds: a pattern such as
+            `runs/wide-*`. `wide=runs/wide-*` gives it a name.
         dataset: of runs and bundles, as for `evaluate`.
         split: of their dataset: `train`, `val` or `test`; several joined by + are judged together.
         metric: the name of the one that the verdict is by, as `BinaryMetrics` has it.
@@ -122,40 +122,29 @@ def compare(
         return replace(found, slices=lost)
 
 
-def named_sources(candidates: Sequence[Source | Sequence[Source]]) -> dict[str, Sequence[Source]]:
+def named_sources(candidates: Sequence[Source]) -> dict[str, Sequence[Source]]:
     """The models of each candidate by its name; candidates as for `compare`.
 
     Raises:
         ConfigError: they are fewer than two, one is there twice, or a pattern matches nothing.
     """
-    expanded = [_expanded(candidate) for candidate in candidates]
-    short = [names[0] for *names, _ in expanded]
-    found = {(name if short.count(name) == 1 else longer): sources for name, longer, sources in expanded}
+    found: dict[str, Sequence[Source]] = {}
+    for candidate in candidates:
+        name, sources = str(_path(candidate)), [candidate]
+        if isinstance(candidate, str) and not Path(candidate).exists():
+            given, equals, pattern = candidate.partition("=")
+            name, pattern = (given, pattern) if equals and "/" not in given else (name, candidate)
+            sources = [*sorted(glob(pattern))]  # noqa: PTH207 - the pattern may be absolute
+            if has_magic(pattern) and not sources:
+                msg = f"`candidates`: nothing matches {pattern}"
+                raise ConfigError(msg)
+        found[name] = sources or [pattern]
     if len(found) < max(2, len(candidates)):
-        what = f"is one recipe with {len(sources)} seeds" if len(sources := expanded[0][2]) > 1 else "is there alone"
-        msg = f"`candidates`: two or more that differ are compared, and {', '.join(found)} {what}"
+        number = max(map(len, found.values()), default=0)
+        what = f"is one recipe with {number} seeds" if number > 1 else "is there alone"
+        msg = f"`candidates`: two or more that differ are compared, and {', '.join(found) or 'none'} {what}"
         raise ConfigError(msg)
     return found
-
-
-def _expanded(candidate: Source | Sequence[Source]) -> tuple[str, str, Sequence[Source]]:
-    """A candidate's name, a longer one where others have that, too, and its models."""
-    name, sources = "", list[Source]()
-    if isinstance(candidate, str) and not Path(candidate).exists():
-        name, equals, pattern = candidate.partition("=")
-        name, pattern = (name, pattern) if equals and "/" not in name else ("", candidate)
-        matching = sorted(glob(pattern))  # noqa: PTH207 - the pattern may be absolute
-        if has_magic(pattern) and not matching:
-            msg = f"`candidates`: nothing matches {pattern}"
-            raise ConfigError(msg)
-        sources += map(Path, matching or [pattern])
-    else:
-        sources += [candidate] if isinstance(candidate, str) or not isinstance(candidate, Sequence) else candidate
-    paths = [_path(source) for source in sources]
-    common = os.path.commonprefix([path.resolve().name for path in paths])  # noqa: RUF071 - of the characters
-    common = common if len(paths) == 1 else common.rstrip("0123456789-_. ")
-    longer = candidate if isinstance(candidate, str) else str(paths[0])
-    return name or common or longer, longer, sources
 
 
 def _path(source: Source) -> Path:
