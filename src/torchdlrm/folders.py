@@ -64,19 +64,14 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def found_in(path: Path) -> Kind:
-    """What is there, where each of `KINDS` is welcome.
-
-    Raises:
-        UserError: nothing that a command wrote.
-    """
-    kind = kind_of(path)
-    if kind is None:
-        found = "is no folder that a `dlrm` command wrote" if path.is_dir() else "is not a folder"
-        names = ", ".join(f"a {kind.name} (with {kind.marker})" for kind in KINDS)
-        beside = [other.name for other in path.parent.iterdir() if kind_of(other)] if path.parent.is_dir() else ()
-        msg = f"{path}: {found}; give one of these: {names}{did_you_mean(path.name, beside)}"
-        raise UserError(msg)
-    return kind
+    """What is there; raises UserError where it is nothing that a command wrote."""
+    if (kind := kind_of(path)) is not None:
+        return kind
+    found = "is no folder that a `dlrm` command wrote" if path.is_dir() else "is not a folder"
+    names = ", ".join(f"a {kind.name} (with {kind.marker})" for kind in KINDS)
+    beside = [other.name for other in path.parent.iterdir() if kind_of(other)] if path.parent.is_dir() else ()
+    msg = f"{path}: {found}; give one of these: {names}{did_you_mean(path.name, beside)}"
+    raise UserError(msg)
 
 
 def expect(wanted: KindName, *paths: Path | None) -> None:

@@ -122,18 +122,13 @@ def _pieces(split: Split, label: str) -> NDArray[np.float64]:
 
 def _frequencies(summary: DatasetSummary) -> list[dict[str, str]]:
     """How much of the training values the most frequent ones cover, with a bar for the first ten."""
-    covers = [
-        {size: feature.coverage.get(size, max(feature.coverage.values(), default=math.nan)) for size in _COVERED}
-        for feature in summary.sparse.values()
-    ]
-    values = [
-        next(("(missing)" if top.value is None else str(top.value)[:24] for top in feature.most_frequent), "-")
-        for feature in summary.sparse.values()
-    ]
-    drawn = bars([covered[10] for covered in covers])
-    return [
-        {"feature": name, "most frequent value": value, "the top 10": bar}
-        | {f"top {size:,}, %": show_number(100 * share, 1) for size, share in covered.items()}
-        | {"rows of its table": f"{summary.sparse[name].num_embeddings:,}"}
-        for name, value, covered, bar in zip(summary.sparse, values, covers, drawn, strict=True)
-    ]
+    rows = []
+    for name, feature in summary.sparse.items():
+        covered = [feature.coverage.get(size, max(feature.coverage.values(), default=math.nan)) for size in _COVERED]
+        value = "".join("(missing)" if top.value is None else str(top.value)[:24] for top in feature.most_frequent)
+        shares = {
+            f"top {size:,}, %": show_number(100 * share, 1) for size, share in zip(_COVERED, covered, strict=True)
+        }
+        row = {"feature": name, "most frequent value": value or "-", "the top 10": bars([1.0, covered[1]])[1], **shares}
+        rows.append({**row, "rows of its table": f"{feature.num_embeddings:,}"})
+    return rows

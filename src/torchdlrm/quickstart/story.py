@@ -43,9 +43,8 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.job import train
 
 _MODELS = (
-    "Every model predicts a day before any model learns from that day. The frozen model stays as it was before the "
-    "first day. The live model goes on from there and learns one day after the other. The model from scratch starts "
-    "from initial weights for every day, and learns from all days before it."
+    "Every model predicts a day before any learns from it. The frozen model stays as it was before the first day, the "
+    "live model learns one day after the other, and that from scratch learns all days before, for every day anew."
 )
 _ATTAINABLE = "Attainable is the AUC of the probabilities that the clicks were drawn with."
 LIVE, SCRATCH, FROZEN, ATTAINABLE = "live", "scratch", "frozen", "attainable"
