@@ -93,6 +93,11 @@ train criteo-small --dataset dataset --run r --train.device cuda
 train criteo-small --dataset dataset --run r --train.device tpu
 train criteo-small --dataset dataset --run r --nnodes 2
 train log.tsv --dataset dataset --run r
+sweep criteo-small --dataset dataset --out s
+sweep --space log.tsv --dataset dataset --out s -> CONFIG is missing
+sweep criteo-small --space log.tsv --dataset dataset --out s -> --space: log.tsv cannot be read
+sweep criteo-small --space nowhere.toml --dataset dataset --out s -> nowhere.toml cannot be read: No such file
+sweep criteo-small --space broken.toml --dataset run --out s -> run: is a run, not a dataset
 evaluate
 evaluate run --split tset
 evaluate run --split ""

@@ -81,6 +81,9 @@ def killed(args, kills, rng, signals=(signal.SIGKILL,)):
         process.process.send_signal(signals[number % len(signals)])
         code, output = process.wait()
         assert code in {-signal.SIGKILL, 130}, output
+        if code == -signal.SIGKILL:  # while it wrote a line
+            with (out / "journal.log").open("ab") as journal:
+                journal.write(b'{"op_code":6,"worker_id":"a592f')
     code, output = Process(*args[1:], verb=("sweep",)).wait()
     assert code == 0, output
     return json.loads(output[output.index(b"{") if isinstance(output, bytes) else output.index("{") :].splitlines()[0])
@@ -150,6 +153,22 @@ def test_two_processes_share_the_trials(command):
     ends = [line for line in lines if line["op_code"] == 6 and line["state"] != 0]  # states of trials, but for running
     assert sorted(line["trial_id"] for line in ends) == [*range(6)]
     assert len({line["worker_id"].split("-")[0] for line in ends}) == 2
+
+
+def test_the_trial_of_a_process_that_dies_is_taken_over(command):
+    args = command("taken-over", 4)
+    journal = args[args.index("--out") + 1] / "journal.log"
+
+    def states():
+        lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+        return [(line["trial_id"], line["state"]) for line in lines if line["op_code"] == 6]
+
+    first, second = (Process(*args[1:], verb=("sweep",)) for _ in range(2))
+    wait_until(lambda: len({trial for trial, _ in states()}) > 1, first)
+    first.kill_all()
+    code, output = second.wait()
+    assert code == 0, output
+    assert sorted(trial for trial, state in states() if state != 0) == [0, 1, 2, 3]
 
 
 def test_another_sweep_in_the_same_folder_is_refused_with_both_values(swept, command, dlrm, tmp_path):

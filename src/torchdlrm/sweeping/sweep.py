@@ -89,7 +89,9 @@ class _Sweep(Callback):
         for folder in ("trials", "finalists"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         with _held(path / "sweep"):
-            self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(path / "journal.log")))
+            journal = path / "journal.log"
+            backend = JournalFileBackend(str(journal), _JournalLock(journal))  # type: ignore[arg-type]
+            self._storage = optuna.storages.JournalStorage(backend)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name="sweep",
@@ -247,3 +249,21 @@ def _held(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             is_held = False
         yield is_held
+
+
+class _JournalLock:
+    """Ends with its process, as none of Optuna's does; a line that a process has not written to its end is removed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def acquire(self) -> bool:
+        """Wait for the lock; the next line that is written follows a whole one."""
+        self._file = self._path.open("r+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let others write."""
+        self._file.close()
