@@ -29,21 +29,16 @@ class Explanation:
 
 
 class LeftOut:
-    """What is to be predicted to explain some rows: `rows`, these, then each without one of its features.
-
-    Args:
-        rows: by column name.
-        schema: their columns.
-
-    Raises:
-        AttributeError: one of them is no mapping.
-    """
+    """What is to be predicted to explain rows that can be read: `rows`, these, then each without one feature."""
 
     def __init__(self, rows: Sequence[Row], schema: FeatureSchema) -> None:
         names = RowNames(schema)
         features = {key: column.name for column in schema.features for key in names.keys(column)}
         self._num_rows = len(rows)
-        left_out = [(i, key) for i, row in enumerate(rows) for key in row if key in features and _is_there(row[key])]
+        missing = (None, "")
+        left_out = [
+            (i, key) for i, row in enumerate(rows) for key in row if key in features and row[key] not in missing
+        ]
         self._cells = [(i, features[key]) for i, key in left_out]
         self.rows = [*rows, *({other: rows[i][other] for other in rows[i] if other != key} for i, key in left_out)]
 
@@ -55,7 +50,3 @@ class LeftOut:
             found[i].contributions[name] = found[i].logit - without
         adds = (sorted(one.contributions.items(), key=lambda item: -abs(item[1])) for one in found)
         return [replace(one, contributions=dict(ordered)) for one, ordered in zip(found, adds, strict=True)]
-
-
-def _is_there(cell: object) -> bool:
-    return cell is not None and not (isinstance(cell, str) and not cell)

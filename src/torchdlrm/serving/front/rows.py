@@ -44,11 +44,7 @@ def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequen
 
 
 def read_left_out(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[LeftOut, int]:
-    """Read rows to explain, as `read_rows`: the limits hold with all that is to be predicted; one row is always taken.
-
-    Raises:
-        RefusedRequest: as `read_rows`.
-    """
+    """Read rows to explain, as `read_rows`; its limits hold for all predictions, but one row is always taken."""
     rows, num_bytes = read_rows(body, schema, max_rows)
     num_predictions = sum(1 + len(row) for row in rows)
     if len(rows) > 1 and num_predictions > max_rows:
