@@ -112,12 +112,12 @@ def explain(
         print_json(about | {"explanations": [vars(one) for one in found]})
 
 
-def show_tables(folder: Path, neighbours: Sequence[str], *, as_json: bool) -> None:
+def show_tables(folder: Path, neighbours: Sequence[str], own_model: OwnModel, *, as_json: bool) -> None:
     """Print what each table of a bundle or a run holds, and the values nearest to some, as in cat_5=68fd1e64."""
     from torchdlrm.insight.importance import opened
     from torchdlrm.insight.tables import SEEN_FROM, nearest, table_uses
 
-    with progress_bars("") as progress, opened(folder, progress=progress) as (bundle, _):
+    with progress_bars("") as progress, opened(folder, progress=progress, **vars(own_model)) as (bundle, _):
         near = {pair: nearest(bundle, *pair.partition("=")[::2]) for pair in neighbours}
         tables = table_uses(bundle, progress)
     rows = [

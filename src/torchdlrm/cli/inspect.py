@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from torchdlrm.cli.bundles import show_bundle, show_delta
 from torchdlrm.cli.datasets import show_dataset
 from torchdlrm.cli.explain import show_tables
-from torchdlrm.cli.options import Flag, Json
+from torchdlrm.cli.options import Flag, Json, OwnModel
 from torchdlrm.cli.terminal import look_at, metric_cells, print_json, print_table, say, warn
 from torchdlrm.errors import LiveError, UserError
 from torchdlrm.folders import KindName, found_in
@@ -22,6 +22,7 @@ def inspect(
     values: int = 3,
     tables: Flag = False,
     neighbours: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     as_json: Json = False,
 ) -> None:
     """Show what a dataset, a run, a bundle, a delta or a live model holds.
@@ -48,7 +49,7 @@ def inspect(
         "live model": lambda: _show_live(folder, as_json=as_json),
     }
     if tables or neighbours:
-        show_tables(folder, neighbours or [], as_json=as_json)
+        show_tables(folder, neighbours or [], own_model, as_json=as_json)
     else:
         show_by_kind[found_in(folder).name]()
 
