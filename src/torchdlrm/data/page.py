@@ -79,7 +79,7 @@ def _worst_first(summary: DatasetSummary, splits: Sequence[str], what: str) -> P
     worst = sorted((name for name, values in found.items() if any(values)), key=lambda name: -max(found[name]))
     rows = [
         {"feature": name, "the largest": bar}
-        | {split: show_number(value, 4) for split, value in zip(splits, found[name], strict=True)}
+        | {split: show_number(value, 4 if unit == 1 else 2) for split, value in zip(splits, found[name], strict=True)}
         for name, bar in zip(worst, bars([max(found[name]) for name in worst]), strict=True)
     ]
     return Part(f"{heading}, worst first", [f"{text}."] * bool(rows), rows=rows)

@@ -34,7 +34,9 @@ def test_what_is_unknown_missing_or_has_drifted_is_there_worst_first(small_datas
         assert largest == sorted(largest, reverse=True)
         assert len(largest) > 5
         for name, row in rows.items():
-            assert [row[split] for split in shown] == [f"{of(split, name):,.4f}" for split in shown]
+            assert [row[split] for split in shown] == [
+                f"{of(split, name):,.{4 if heading == 'Drift' else 2}f}" for split in shown
+            ]
 
 
 def test_the_click_rate_is_that_of_the_rows(small_dataset, monkeypatch):
