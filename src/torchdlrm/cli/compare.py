@@ -29,9 +29,9 @@ def compare(
 
     Each is a run, a bundle, the folder of a period of a live model (LIVE/days/3), or a file of predictions that
     `dlrm evaluate --predictions` or `dlrm predict` wrote. Several models of one recipe, trained with different seeds,
-    are one candidate: name them by a pattern in quotes, such as 'runs/wide-*', or with a name, as in
-    wide='runs/wide-*'. With one model each the verdict is about these models; with several it is about the recipes, and
-    how much seeds scatter counts, too.
+    are one candidate: name them by a pattern in quotes, such as `'runs/wide-*'`, or with a name, as in
+    `wide='runs/wide-*'`. With one model each the verdict is about these models; with several it is about the recipes,
+    and how much seeds scatter counts, too.
 
     Args:
         candidates: Two or more; the others are compared with the first one.
@@ -39,7 +39,7 @@ def compare(
         dataset: Where the dataset is now, if it has moved since the training.
         metric: What the verdict is by, such as logloss; auc by default, and gauc needs --group.
         power: Say how many rows, or seeds, would show this difference of the metric 4 times in 5, as in 0.0005.
-        by: Slices on which the others may have lost, as in 'cat_5,int_2,cat_5*int_2'.
+        by: Slices on which the others may have lost, as in `'cat_5,int_2,cat_5*int_2'`.
         group: A column: rows of the same value depend on each other, as those of one user, and count as one.
         label: Of files: their column of labels; label by default.
         weight: Of files: their column of weights; weight by default, where there is one.
@@ -67,7 +67,8 @@ def compare(
         )
     assert found is not None, "this process is the only one"
     needed = {} if power is None else found.power(power)
-    print_table(found.about, found.table(), left_aligned=("candidate", "verdict"))
+    droppable = ("value", f"of {next(iter(found.values))}", "rows ±", "seeds ±")
+    print_table(found.about, found.table(), left_aligned=("candidate", "verdict"), droppable=droppable)
     say(f"{found.verdict}.")
     for name, parts in found.slices.items():
         print_slices([part.as_json() for part in parts], f"{name}, differences from {next(iter(found.values))}: ")

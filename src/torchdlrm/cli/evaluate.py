@@ -64,7 +64,7 @@ def evaluate(
         columns: Columns of the log to write with them, with commas between, as in cat_3,int_2.
         label: Of a file: its column of labels; label by default.
         weight: Of a file: its column of weights; weight by default, where there is one.
-        by: Slices to judge, worst first: columns and crossed ones, as in 'cat_5,int_2,cat_5*int_2'.
+        by: Slices to judge, worst first: columns and crossed ones, as in `'cat_5,int_2,cat_5*int_2'`.
         against: Of a run or a bundle, with --by: another split; which slices are predicted worse than there.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.

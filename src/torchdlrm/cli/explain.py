@@ -50,7 +50,7 @@ def importance(
         raise UserError(msg)
     announce(f"importance of the features of {source}")
     from torchdlrm.insight.importance import importance as permute
-    from torchdlrm.metrics import LOSS, METRICS, metrics_in
+    from torchdlrm.metrics import BEST, LOSS, METRICS
 
     with progress_bars("") as progress:
         found = permute(
@@ -74,11 +74,15 @@ def importance(
             warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
     rows = []
     for name, changes in found.differences.items():
-        loss = changes[LOSS]
-        cells = {METRICS[LOSS].label: loss.difference, "from": loss.interval[0], "to": loss.interval[1]}
-        cells |= {metric.label: changes[metric.name].difference for metric in metrics_in("log")}
-        texts = {column: f"{value:+.5f}" for column, value in cells.items()} | {"p": f"{loss.p_value_corrected:.4f}"}
-        rows.append({"": name, **texts, "used": "yes" if loss.verdict == "worse" else "-"})
+        loss, low, high = (f"{of:+.5f}" for of in (changes[LOSS].difference, *changes[LOSS].interval))
+        cells = {
+            "feature": name.removeprefix("without "),
+            METRICS[LOSS].label: loss,
+            "interval": f"{low} to {high}",
+            METRICS[BEST].label: f"{changes[BEST].difference:+.5f}",
+            "p": f"{changes[LOSS].p_value_corrected:.4f}",
+        }
+        rows.append(cells | {"used": "yes" if changes[LOSS].verdict == "worse" else "-"})
     print_table(f"change where a feature has other rows' values: {found.rows:,} rows of {split}, p by Holm", rows)
     if as_json:
         print_json({"source": str(source), "split": split, **found.as_json()})

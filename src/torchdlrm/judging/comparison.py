@@ -29,6 +29,11 @@ class Verdict(StrEnum):
     TOO_FEW = "too few rows to tell"
     UNDEFINED = "not defined"  # as an AUC where all labels are the same
 
+    @property
+    def brief(self) -> str:
+        """As a table has room for."""
+        return self.value.removesuffix(" that matters").removesuffix(" to tell")
+
 
 class Seeds(NamedTuple):
     """How a metric scatters over the models of one candidate, of which there are `number`.
@@ -187,14 +192,14 @@ class Comparison:
             rows.append(
                 {
                     "metric": METRICS[metric].label,
-                    "candidate": name,
+                    **({} if len(self.differences) == 1 else {"candidate": name}),
                     "value": show_number(fmean(self.values[name][metric])),
                     f"of {self._first}": show_number(fmean(self.values[self._first][metric])),
                     "difference": found.shown(found.difference),
-                    **dict(zip(("from", "to"), map(found.shown, found.interval), strict=True)),
+                    "interval": " to ".join(map(found.shown, found.interval)),
                     **{of: found.shown(error, "") for of, error in errors.items()},
                     "p": show_number(found.p_value_corrected, 4),
-                    "verdict": str(found.verdict),
+                    "verdict": found.verdict.brief,
                 }
             )
         return rows
@@ -203,7 +208,8 @@ class Comparison:
     def about(self) -> str:
         """Of which rows it is."""
         groups = "" if self.groups is None else f" in {self.groups:,} groups"
-        return f"{self.rows:,} rows{groups}; differences from {self._first}, intervals of 95 %"
+        whose = next(iter(self.differences)) if len(self.differences) == 1 else "differences"
+        return f"{self.rows:,} rows{groups}; {whose} against {self._first}, intervals of 95 %"
 
     def __str__(self) -> str:
         rows = self.table()
