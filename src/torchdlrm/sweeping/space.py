@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.config.types import NonNegativeInt, PositiveInt, Section
 from torchdlrm.errors import ConfigError
+from torchdlrm.metrics import BEST, metrics_in
 from torchdlrm.toml import did_you_mean, explain
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution  # choices are JSON text
@@ -27,11 +28,19 @@ class SweepSettings(Section):
     """How a space is searched: the section [sweep] of its file, which docs/judging.md explains."""
 
     trials: PositiveInt = 20
-    metric: Literal["auc", "logloss", "ne"] = "auc"
+    metric: str = BEST
     seed: NonNegativeInt = 0
     pruner: Literal["MedianPruner", "SuccessiveHalvingPruner", "HyperbandPruner", "NopPruner"] = "MedianPruner"
     finalists: NonNegativeInt = 3
     seeds: PositiveInt = 3
+
+    @field_validator("metric")
+    @classmethod
+    def _is_validated(cls, name: str) -> str:
+        if name not in (names := [metric.name for metric in metrics_in("log")]):
+            msg = f"must be one of {', '.join(map(repr, names))}, not {name!r}{did_you_mean(name, names)}"
+            raise ValueError(msg)
+        return name
 
 
 @dataclass(frozen=True)

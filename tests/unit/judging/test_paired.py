@@ -168,7 +168,7 @@ def test_it_is_shown_with_intervals_as_text_and_as_json(seed):
     found = compared(labels, first, second)
     auc = found.differences["m1"]["auc"]
     lines = str(found).splitlines()
-    assert lines[0] == "500 rows; differences from m0, intervals of 95 %"
+    assert lines[0] == "500 rows; m1 against m0, intervals of 95 %"
     assert f"from {auc.interval[0]:+.4f} to {auc.interval[1]:+.4f}" in lines[-1]
     assert [f"{end:+.4f}" in lines[2] for end in auc.interval] == [True, True]
     assert f"{auc.interval[1]:+.4f}" in found._repr_html_()
