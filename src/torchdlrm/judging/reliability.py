@@ -46,7 +46,12 @@ class Reliability:
 
 
 def reliability(judged: Judged, num_bins: int = NUM_BINS) -> Reliability:
-    """The reliability of N rows, of which some weigh something, in at most this many bins."""
+    """How far predictions are from what happened, bin by bin, and whether that is more than chance.
+
+    Args:
+        judged: N rows, of which some weigh something.
+        num_bins: the most bins there are.
+    """
     bins = Bins.of(judged, num_bins)
     rate, mean = bins.clicks / bins.weight, bins.predictions / bins.weight
     errors = np.array([standard_error(judged, bins.influence(judged, place)) for place in range(rate.size)])
