@@ -58,9 +58,6 @@ def prepared(folder: Path, num_rows: int, surer: float) -> tuple[Path, Dataset]:
     weights = torch.load(folder / "model.pt")
     for name in ("over_arch.model.1.weight", "over_arch.model.1.bias"):
         weights[name] *= surer
-    # The importer takes tables by their place.
-    tables = [f"sparse_arch.embedding_bag_collection.embedding_bags.t_{name}.weight" for name in dataset.sparse_names]
-    weights = {name: weights[name] for name in [*tables, *(name for name in weights if name not in tables)]}
     return import_weights(weights, dataset, folder / "run").path, dataset
 
 

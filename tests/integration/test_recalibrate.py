@@ -42,10 +42,6 @@ def sure_run(small_run, small_dataset, tmp_path_factory):
     weights = torch.load(folder / "model.pt")
     for name in ("over_arch.model.1.weight", "over_arch.model.1.bias"):
         weights[name] *= SURER
-    tables = [
-        f"sparse_arch.embedding_bag_collection.embedding_bags.t_{name}.weight" for name in small_dataset.sparse_names
-    ]
-    weights = {name: weights[name] for name in [*tables, *(name for name in weights if name not in tables)]}
     return import_weights(weights, small_dataset, folder / "run").path
 
 

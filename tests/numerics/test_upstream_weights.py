@@ -124,6 +124,8 @@ def test_a_trained_run_predicts_the_same_upstream(small_run, small_dataset, rows
     model.load_state_dict(torch.load(tmp_path / "pt", weights_only=True))
     expected = logits_of_run(run, small_dataset, rows)
     np.testing.assert_allclose(logits(model, rows, small_dataset), expected, rtol=0, atol=1e-5)
+    back = import_weights(tmp_path / "pt", small_dataset, tmp_path / "back")  # of more than ten tables
+    np.testing.assert_allclose(logits_of_run(back, small_dataset, rows), expected, rtol=0, atol=1e-6)
     with pytest.raises(BundleError, match="is there already"):
         export_as(small_run, tmp_path / "pt", form)
 

@@ -96,8 +96,8 @@ def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) ->
         raise RunError(msg)
     _, reader = open_checkpoint(run, checkpoint)
     weights = {name: reader.tensor(name) for name in reader.shapes}
-    if form == "torchrec":
-        return weights
+    if form == "torchrec":  # the order of tables says which column is which
+        return {name: weights[name] for name in dict.fromkeys((*ours, *weights))}
     names = _dlrm_names(ours, len(config.dense_arch_layer_sizes), len(config.over_arch_layer_sizes))
     weights[_FIRST_OVER] = _with_pairs(weights[_FIRST_OVER], config.embedding_dim, len(ours) + 1, to_ours=False)
     return {names[name]: weight for name, weight in weights.items()}
