@@ -283,7 +283,7 @@ WRONG_FOLDERS = {
     "evaluate run --dataset bundle": "not a dataset; make one with `dlrm preprocess LOG --out DATASET`",
     "export bundle --out b": "bundle: is a bundle, not a run; give the run that it was exported from",
     "export run --out b --delta-to dataset": "dataset: is a dataset, not a bundle",
-    "report dataset": "dataset: is a dataset, not a run",
+    "report bundle": "bundle: is a bundle, not a run",
     "verify run --dataset dataset": "run: is a run, not a bundle",
     "verify bundle --dataset run": "not a dataset; give the dataset that it was trained on; `dlrm inspect run`",
     "apply bundle run --out b": "not a delta; make one with `dlrm export RUN --delta-to BUNDLE --out DELTA`",

@@ -5,6 +5,7 @@ nothing fetched, to be mailed, printed, and kept with the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain, pairwise
 from typing import Any
@@ -88,6 +89,12 @@ def runs_page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
     ]
     if comparison is None:
         return render(f"{len(runs)} runs", parts)
+    others = [*named][1:]
+    comparison = replace(
+        comparison,
+        values=dict(zip(named, comparison.values.values(), strict=True)),
+        differences=dict(zip(others, comparison.differences.values(), strict=True)),
+    )
     rows = difference_rows(comparison.as_json())
     parts.insert(0, Part("Comparison", [comparison.about], rows=rows, left=("metric", "verdict")))
     return render(f"{len(runs)} runs", parts, lead=f"{comparison.verdict}.")
