@@ -44,7 +44,7 @@ from torchdlrm.training.job import train
 
 _MODELS = (
     "Every model predicts a day before any learns from it. The frozen model stays as it was before the first day, the "
-    "live model learns one day after the other, and that from scratch learns all days before, for every day anew."
+    "live model learns one day after the other, and the model from scratch is trained every day on all days before."
 )
 _ATTAINABLE = "Attainable is the AUC of the probabilities that the clicks were drawn with."
 LIVE, SCRATCH, FROZEN, ATTAINABLE = "live", "scratch", "frozen", "attainable"
