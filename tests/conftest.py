@@ -40,6 +40,7 @@ def pytest_xdist_auto_num_workers():
     return len(os.sched_getaffinity(0)) * 3 // 2 or 1
 
 
+from helpers.buckets import BUCKET, s3_server
 from helpers.command_server import DLRM, REAL_PROCESSES, shared_server
 from helpers.interactions import INTERACTIONS, overrides_of
 from helpers.raw_logs import learnable_rows
@@ -223,3 +224,21 @@ def serve():
             process.terminate()
         if not process.stderr.closed:
             process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A real S3 server with the bucket `clicks`."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3, tmp_path, monkeypatch):
+    """The URL of a prefix of its own in a bucket; this process and the commands that it starts can reach it.
+
+    Their cache, as of a host that has read nothing yet, is `tmp_path / "cache"`.
+    """
+    for name, value in (s3.environment | {"TORCHDLRM_CACHE": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{tmp_path.name}"

@@ -22,6 +22,7 @@ FLOORS = {
     "progress": 0,
     "ranks": 0,
     "shared_memory": 0,
+    "storage": 0,
     "toml": 0,
     "units": 0,
     "versions": 0,

@@ -11,6 +11,7 @@
     │   ├── RunError             a run on disk
     │   ├── BundleError          an exported model on disk
     │   ├── LiveError            a live model on disk
+    │   ├── StorageError         a bucket, or an object in it
     │   └── RowError             a row to predict
     ├── TrainingError            training cannot continue (not the input's fault as far as we know)
     │   └── LostProcessError     another process of the training has died or does not answer
@@ -97,6 +98,10 @@ class LostProcessError(TrainingError):
 
 class LiveError(UserError):
     """A live model on disk is missing, damaged or in use, or is asked for what it cannot do."""
+
+
+class StorageError(UserError):
+    """A bucket cannot be read or written, or a URL is wrong; names the bucket, the key and what to do."""
 
 
 class SkewError(TorchDLRMError):

@@ -1,4 +1,7 @@
-"""Writes files and folders atomically, even in shared folders, and notices if files change while in use."""
+"""Writes files and folders atomically, even in shared folders, and notices if files change while in use.
+
+What has become complete at a path that stands for a URL is in its bucket, too, before a function here returns.
+"""
 
 import errno
 import hashlib
@@ -10,6 +13,8 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from tempfile import TemporaryDirectory
 from uuid import uuid4
+
+from torchdlrm.storage import mirror
 
 
 @contextmanager
@@ -23,6 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.replace(path)
+        mirror.push(path)
     except OSError as error:
         if error.filename in {None, str(beside)}:  # a failed write names no file, or the temporary one
             error.filename = str(path)
@@ -73,10 +79,12 @@ def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool =
     sync(folder)
     old = path.with_name(f".{path.name}.removed")
     if overwrite:
+        mirror.remove(path)
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
         with suppress(FileNotFoundError):
             path.rename(old)
     folder.rename(path)
+    mirror.push(path, manifest)
     sync(path.absolute().parent)
     if overwrite:
         shutil.rmtree(old, ignore_errors=True)
@@ -131,6 +139,7 @@ def clear_folder(folder: int, *, keep: Collection[str] = ()) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder with all that is in it, if it is there; whatever ends this process, it is complete or absent."""
+    mirror.remove(path)
     leaving = path.with_name(f".{path.name}.removed")
     shutil.rmtree(leaving, ignore_errors=True)  # what a process that was killed has left
     with suppress(FileNotFoundError):

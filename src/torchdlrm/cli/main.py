@@ -21,6 +21,7 @@ from torchdlrm.cli.options import describe_mistake, in_options
 from torchdlrm.cli.terminal import console
 from torchdlrm.driverless import stand_in_for_driver
 from torchdlrm.errors import ConfigError, Interrupted, TorchDLRMError, UserError, missing_package
+from torchdlrm.storage.places import with_paths
 from torchdlrm.toml import did_you_mean
 
 _INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
@@ -127,7 +128,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, _interrupt)
     try:
         _describe(sys.argv[1:])
-        app(sys.argv[1:], exit_on_error=False)
+        app([with_paths(token) for token in sys.argv[1:]], exit_on_error=False)
     except UserError as error:
         is_input = not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_THE_MACHINE)
         _end(*_KINDS[is_input], in_options(str(error), app, sys.argv[1:]))

@@ -18,6 +18,7 @@ from rich.table import Table
 from torchdlrm.errors import Interrupted
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.progress.shown import shown_on
+from torchdlrm.storage.places import with_urls
 from torchdlrm.units import show_number
 
 if TYPE_CHECKING:
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MOST_SLICES = 20  # that are shown
-console = Console(stderr=True, highlight=False)
+
+
+class _Console(Console):
+    """Writes to people: where a path stands for a URL, the URL."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*(with_urls(found) if isinstance(found, str) else found for found in objects), **settings)
+
+
+console = _Console(stderr=True, highlight=False)
 
 
 def say(line: str) -> None:
@@ -74,7 +84,7 @@ def print_table(
                 ratio=1 if name in cut else None,
             )
         for row in rows:
-            table.add_row(*(escape(row.get(name, "")) for name in columns))
+            table.add_row(*(escape(with_urls(row.get(name, ""))) for name in columns))
         return table
 
     columns = columns or list(rows[0])
@@ -110,7 +120,7 @@ def say_facts(title: str, facts: Mapping[str, str]) -> None:
 
 def print_json(result: Mapping[str, object]) -> None:
     """Write the one JSON object that `--json` promises."""
-    sys.stdout.write(json.dumps(_without_nan(result), allow_nan=False) + "\n")
+    sys.stdout.write(with_urls(json.dumps(_without_nan(result), allow_nan=False)) + "\n")
     sys.stdout.flush()
 
 

@@ -1,0 +1,1 @@
+"""A path or a URL: what lies in a bucket is read and made complete as on a disk."""

@@ -1,0 +1,270 @@
+"""Keeps what is at a URL and its path in the cache the same: fetches, publishes, moves, removes.
+
+    CACHE/s3/BUCKET/KEY           the object's bytes, or a part of them while they are fetched (`.KEY.part`)
+    CACHE/stamps/s3/BUCKET/KEY    which object they are: its tag and size, and when the file was written
+
+A file with the stamp of the object that is in the bucket is not fetched again.  The cache takes at most
+`TORCHDLRM_CACHE_BYTES`: files that have not been used for longest go first, and those alone that the bucket has.
+All functions take paths, and do nothing for one that stands for no URL.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from threading import Lock
+
+from torchdlrm.errors import StorageError
+from torchdlrm.storage import objects
+from torchdlrm.storage.objects import ObjectStat
+from torchdlrm.storage.places import cache_folder, located, published_url, url_of
+from torchdlrm.units import parse_bytes
+
+LIMIT_VARIABLE = "TORCHDLRM_CACHE_BYTES"
+_STAMPS = "stamps"
+_BLOCK_BYTES = 16 << 20
+_AT_A_TIME = 8
+_evicting = Lock()
+
+
+def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, bytes], bool] | None = None) -> Path:
+    """Bring what is at a URL into the cache, as it is there now; gives the path back.
+
+    Args:
+        path: of an object, or of a folder (a prefix).
+        names: patterns for the paths of files inside of a folder that are needed now (`*` also matches a `/`). Of all
+            others the folders are made, and files that are no longer in the bucket are removed.
+        check: of one object, whether the bytes from an offset on, a block of 16 MiB, are those that are expected.
+
+    Raises:
+        StorageError: the bucket cannot be read.
+    """
+    url = published_url(path)
+    if url is None:
+        return path
+    found = objects.listed(url)
+    if not found:
+        try:
+            _fetch_file(path, objects.stat(url), check)
+        except FileNotFoundError:
+            _forget(path)
+        return path
+    patterns = tuple(names)
+    _prune(path, found)
+    wanted = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in {(path / name).parent for name in found}:
+        folder.mkdir(parents=True, exist_ok=True)
+    _each([lambda name=name: _fetch_file(path / name, found[name]) for name in wanted])  # type: ignore[misc]
+    return path
+
+
+def push(path: Path, last: str | None = None) -> None:
+    """Write a file, or all files of a folder, into the bucket; one that is there as it is here is left.
+
+    Args:
+        path: in the cache; anything else is left where it is.
+        last: the file of a folder without which it is no such folder; written when all others are there.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if published_url(path) is None:
+        return
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in files if published_url(file) is not None]
+    lead = [file for file in files if last is None or file != path / last]
+    _each([lambda file=file: _push_file(file) for file in lead])  # type: ignore[misc]
+    for file in files[len(lead) :] if last is None else [path / last]:
+        _push_file(file)
+
+
+def remove(path: Path) -> None:
+    """Remove what is at a URL, a folder's own files first: no half of it is taken for all.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    url = published_url(path)
+    if url is None:
+        return
+    found = sorted(objects.listed(url), key=lambda name: (name.count("/"), name))
+    for name in found if len(found) <= _AT_A_TIME else [name for name in found if "/" not in name]:
+        objects.delete(f"{url}/{name}")
+    objects.delete(*[f"{url}/{name}" for name in found if "/" in name or len(found) > _AT_A_TIME], url)
+    _forget(path)
+
+
+def move(path: Path, target: Path, last: str) -> None:
+    """Give a folder in the cache another name, here and in the bucket; `last` as for `push`."""
+    path.rename(target)
+    url, to = published_url(path), published_url(target)
+    if url is None or to is None:
+        return
+    found = sorted(objects.listed(url), key=lambda name: name == last)
+    for name in found:
+        objects.copy(f"{url}/{name}", f"{to}/{name}")
+    _stamp_path(target).parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        _stamp_path(path).rename(_stamp_path(target))
+    push(target, last)
+    objects.delete(*[f"{url}/{name}" for name in found])
+
+
+def files_at(path: Path) -> list[Path]:
+    """The files that a URL names: of a pattern those that match it, of a prefix those in it, in the order of names.
+
+    One path that stands for no URL, or for an object, is given back.
+
+    Raises:
+        StorageError: the bucket cannot be listed, or has none.
+    """
+    url = url_of(path)
+    if url is None:
+        return [path]
+    parts = url.split("/")
+    first = next((i for i, part in enumerate(parts) if {*"*?["} & {*part}), None)
+    if first is None:
+        names = [name for name in objects.listed(url) if not _is_hidden(name)]
+        return [path / name for name in sorted(names)] or [path]
+    prefix = "/".join(parts[:first])
+    names = [name for name in objects.listed(prefix) if fnmatchcase(name, "/".join(parts[first:]))]
+    if not names:
+        msg = f"{url}: no object has such a name; list them, as `aws s3 ls` does, and look at the pattern"
+        raise StorageError(msg)
+    return [located(f"{prefix}/{name}") for name in sorted(names)]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether it is no data, as other programs have it: `_SUCCESS`, `.crc`, the mark of an empty folder."""
+    return any(part[:1] in {"_", ".", ""} for part in name.split("/"))
+
+
+def _each(tasks: Collection[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="storage") as threads:
+        for future in [threads.submit(task) for task in tasks]:
+            future.result()
+
+
+def _fetch_file(path: Path, wanted: ObjectStat, check: Callable[[int, bytes], bool] | None = None) -> None:
+    if _is_current(path, wanted):
+        os.utime(_stamp_path(path))  # used now
+        return
+    url = url_of(path)
+    assert url is not None, "the caller has looked"
+    part, etag = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.etag")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(wanted.size_bytes)
+    if not etag.exists() or etag.read_text(encoding="utf-8") != wanted.etag:
+        part.unlink(missing_ok=True)
+        etag.write_text(wanted.etag, encoding="utf-8")
+    start = part.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES if part.exists() else 0
+    with part.open("ab") as file:
+        file.truncate(start)
+        for at in range(start, wanted.size_bytes, _BLOCK_BYTES):
+            block = objects.read(url, at, min(at + _BLOCK_BYTES, wanted.size_bytes), etag=wanted.etag)
+            if check is not None and not check(at, block):
+                msg = f"{url}: damaged: its bytes from {at:,} on are not those of its checksum"
+                raise StorageError(msg)
+            file.write(block)
+    part.replace(path)
+    etag.unlink(missing_ok=True)
+    _stamp(path, wanted)
+
+
+def _push_file(path: Path) -> None:
+    url = url_of(path)
+    assert url is not None, "the caller has looked"
+    size_bytes = path.stat().st_size
+    known = _stamped(path)
+    if known is None or not _is_current(path, known):
+        _stamp(path, ObjectStat(size_bytes, objects.write(url, path)))
+
+
+def _is_current(path: Path, wanted: ObjectStat) -> bool:
+    """Whether a file is this object: its stamp says so, and nothing has written to it since."""
+    try:
+        etag, size_bytes, modified_ns = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
+        now = path.stat()
+    except (OSError, ValueError):
+        return False
+    written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
+    return written and (etag, size_bytes) == (wanted.etag, wanted.size_bytes)
+
+
+def _stamped(path: Path) -> ObjectStat | None:
+    try:
+        etag, size_bytes, _ = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return ObjectStat(size_bytes, etag)
+
+
+def _stamp(path: Path, found: ObjectStat) -> None:
+    stamp = _stamp_path(path)
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    beside = stamp.with_name(f".{stamp.name}.{os.getpid()}")
+    beside.write_text(json.dumps([found.etag, found.size_bytes, path.stat().st_mtime_ns]), encoding="utf-8")
+    beside.replace(stamp)
+
+
+def _stamp_path(path: Path) -> Path:
+    return cache_folder() / _STAMPS / path.absolute().relative_to(cache_folder())
+
+
+def _prune(folder: Path, found: Mapping[str, ObjectStat]) -> None:
+    """Remove files that were in the bucket, and are there no more; what was never there is a job's of this host."""
+    stamps = _stamp_path(folder)
+    for stamp in stamps.rglob("*") if stamps.is_dir() else ():
+        name = stamp.relative_to(stamps).as_posix()
+        if stamp.is_file() and name not in found:
+            (folder / name).unlink(missing_ok=True)
+            stamp.unlink(missing_ok=True)
+            _remove_empty((folder / name).parent, folder)
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    with suppress(OSError):
+        while folder != top:
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _forget(path: Path) -> None:
+    """Drop what was in the bucket and is not there any more."""
+    stamp = _stamp_path(path)
+    if stamp.is_dir():
+        _prune(path, {})
+        shutil.rmtree(stamp, ignore_errors=True)
+        with suppress(OSError):
+            path.rmdir()
+    elif stamp.exists():
+        path.unlink(missing_ok=True)
+        stamp.unlink(missing_ok=True)
+
+
+def _make_room(num_bytes: int) -> None:
+    """Remove files that the bucket has, the longest unused first, until so much fits into the limit."""
+    limit = os.environ.get(LIMIT_VARIABLE)
+    if not limit:
+        return
+    with _evicting:
+        stamps = [
+            path for scheme in SCHEMES for path in (cache_folder() / _STAMPS / scheme).rglob("*") if path.is_file()
+        ]
+        by_use = []
+        for stamp in stamps:
+            with suppress(OSError):
+                path = cache_folder() / stamp.relative_to(cache_folder() / _STAMPS)
+                by_use.append((stamp.stat().st_mtime_ns, path.stat().st_size, path, stamp))
+        left = sum(size_bytes for _, size_bytes, _, _ in by_use) + num_bytes - parse_bytes(limit, LIMIT_VARIABLE)
+        for _, size_bytes, path, stamp in sorted(by_use):
+            if left <= 0:
+                return
+            path.unlink(missing_ok=True)  # who has it open or mapped keeps it
+            stamp.unlink(missing_ok=True)
+            left -= size_bytes
