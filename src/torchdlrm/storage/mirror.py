@@ -253,14 +253,12 @@ def _make_room(num_bytes: int) -> None:
     if not limit:
         return
     with _evicting:
-        stamps = [
-            path for scheme in SCHEMES for path in (cache_folder() / _STAMPS / scheme).rglob("*") if path.is_file()
-        ]
         by_use = []
-        for stamp in stamps:
-            with suppress(OSError):
-                path = cache_folder() / stamp.relative_to(cache_folder() / _STAMPS)
-                by_use.append((stamp.stat().st_mtime_ns, path.stat().st_size, path, stamp))
+        for stamp in (cache_folder() / _STAMPS).rglob("*"):
+            path = cache_folder() / stamp.relative_to(cache_folder() / _STAMPS)
+            with suppress(OSError):  # another process removes, too
+                if stamp.is_file():
+                    by_use.append((stamp.stat().st_mtime_ns, path.stat().st_size, path, stamp))
         left = sum(size_bytes for _, size_bytes, _, _ in by_use) + num_bytes - parse_bytes(limit, LIMIT_VARIABLE)
         for _, size_bytes, path, stamp in sorted(by_use):
             if left <= 0:
