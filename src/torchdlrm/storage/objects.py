@@ -86,7 +86,7 @@ def read_if_changed(url: str, etag: str | None) -> tuple[bytes, str] | None:
 
     def get(store: Any, key: str) -> tuple[bytes, str]:
         answer = _obstore().get(store, key, options={} if etag is None else {"if_none_match": etag})
-        return bytes(answer.bytes()), answer.meta["e_tag"]
+        return bytes(answer.bytes()), _tag(answer.meta)
 
     try:
         return _patiently(url, "read", get)
@@ -112,7 +112,7 @@ def write(url: str, content: Any, *, replacing: str | None = None, create: bool 
         how = {"mode": "create" if create else {"e_tag": replacing}, "use_multipart": False}
 
     def put(store: Any, key: str) -> str:
-        return _obstore().put(store, key, content, **how)["e_tag"]
+        return _tag(_obstore().put(store, key, content, **how))
 
     try:
         return _patiently(url, "written", put)
@@ -133,7 +133,7 @@ def stat(url: str) -> ObjectStat:
         StorageError: it cannot be looked at.
     """
     found = _patiently(url, "looked at", lambda store, key: _obstore().head(store, key))
-    return ObjectStat(found["size"], found["e_tag"])
+    return ObjectStat(found["size"], _tag(found))
 
 
 def listed(url: str) -> dict[str, ObjectStat]:
@@ -147,7 +147,7 @@ def listed(url: str) -> dict[str, ObjectStat]:
         prefix = f"{key}/" if key else ""
         pages: Iterator[Any] = _obstore().list(store, prefix or None)
         return {
-            found["path"].removeprefix(prefix): ObjectStat(found["size"], found["e_tag"])
+            found["path"].removeprefix(prefix): ObjectStat(found["size"], _tag(found))
             for page in pages
             for found in page
             if found["path"].startswith(prefix)
@@ -164,8 +164,18 @@ def copy(url: str, target: str) -> None:
 def delete(*urls: str) -> None:
     """Remove objects of one bucket, those that are not there too."""
     keys = [_split(url)[1] for url in urls]
-    if keys:
-        _patiently(urls[0], "removed", lambda store, _: _obstore().delete(store, keys))
+    try:
+        if keys:
+            _patiently(urls[0], "removed", lambda store, _: _obstore().delete(store, keys))
+    except FileNotFoundError:  # S3 says nothing of those that are not there; the others may have come no further
+        for url in urls if len(urls) > 1 else ():
+            delete(url)
+
+
+def _tag(found: Any) -> str:
+    """The tag as a request has it: Azure lists tags without their quotes."""
+    tag: str = found["e_tag"]
+    return tag if tag.endswith('"') else f'"{tag}"'
 
 
 def _obstore() -> Any:
@@ -249,7 +259,7 @@ def _is_final(said: str) -> bool:
 def _failed(url: str, done: str, error: Exception) -> StorageError:
     said = str(error)
     remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, said)), None)
-    message = re.search(r"<Message>(.*?)</Message>", said)
+    message = re.search(r"<Message>(.*?)(?:\n|\\n|</Message>)", said)
     first_line = (said.splitlines() or [""])[0]
     detail = message[1] if message else re.sub(r"https?://\S*", "", first_line)
     return StorageError(
