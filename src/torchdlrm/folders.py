@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Literal
 
 from torchdlrm.errors import BundleError, DatasetError, LiveError, RunError, UserError
+from torchdlrm.storage import mirror
 from torchdlrm.toml import did_you_mean
 
 KindName = Literal["delta", "dataset", "bundle", "live model", "run"]
@@ -60,6 +61,7 @@ _HELP: dict[tuple[KindName, KindName], str] = {
 
 def kind_of(path: Path) -> Kind | None:
     """What is there: one of `KINDS`, or None for anything else."""
+    mirror.fetch(path, [kind.marker for kind in KINDS])
     return next((kind for kind in KINDS if (path / kind.marker).exists()), None)
 
 

@@ -27,6 +27,7 @@ from torchdlrm.bundle.write import complete_folder, require_space
 from torchdlrm.errors import BundleError
 from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.progress import SILENT, ProgressListener, watched
+from torchdlrm.storage.places import located
 
 FULL_NAME = "full"  # of the bundle that a delta is made of, while it is made
 DELTA_NAMES = (DELTA_NAME, CHANGES_NAME, FILES_FOLDER, FULL_NAME)
@@ -100,8 +101,8 @@ def apply_delta(
     Raises:
         BundleError: one of both is damaged, they do not belong together, or `out` cannot be written; nothing is there.
     """
-    base, out = Path(bundle), Path(out)
-    change = Delta.open(Path(delta))
+    base, out = located(bundle), located(out)
+    change = Delta.open(located(delta))
     found, wanted = BundleIdentity.of(base, BundleManifest.read(base)), change.manifest.base
     if found.manifest_sha256 != wanted.manifest_sha256:
         msg = (

@@ -12,6 +12,7 @@ Opening a bundle executes nothing in it: JSON, safetensors and Parquet hold only
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Literal, Self
 
@@ -38,6 +39,7 @@ from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of, difference_from
 from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.storage import mirror
 
 Verify = Literal["full", "lazy"]
 
@@ -117,7 +119,7 @@ class Bundle:
         """Read a bundle's manifest and check its files.
 
         Args:
-            path: the bundle's folder.
+            path: the bundle's folder; one that stands for a URL is fetched, the weights block by block.
             model_class: that the model was trained with, where it was one of the user's: a bundle holds no code.  Only
                 what predicts needs it.
             allow_changed_model_class: take it though its file has changed since.
@@ -135,6 +137,9 @@ class Bundle:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
             raise BundleError(msg)
         manifest.check_names(path)
+        small = [name for name in manifest.files if name != WEIGHTS_NAME]
+        mirror.fetch(path, map(escape, small))
+        mirror.fetch(path / WEIGHTS_NAME, check=manifest.has_block)
         for name, record in manifest.files.items():
             record.check_size(path, name, "bundle")
         weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes
@@ -144,7 +149,6 @@ class Bundle:
         files = OpenFiles(
             [path / name for name in (WEIGHTS_NAME, *(r.index for r in manifest.sparse.values())) if name]
         )
-        small = [name for name in manifest.files if name != WEIGHTS_NAME]
         total = sum(manifest.files[name].size_bytes for name in small)
         progress.start_phase("verify", total + (weights_bytes if verify == "full" else 0), unit="bytes")
         for name in small:

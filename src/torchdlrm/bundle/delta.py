@@ -26,6 +26,7 @@ from torchdlrm.bundle.manifest import (
 from torchdlrm.errors import BundleError
 from torchdlrm.files import sha256_of
 from torchdlrm.folders import KindName
+from torchdlrm.storage import mirror
 
 DELTA_NAME, CHANGES_NAME, FILES_FOLDER = "delta.json", "weights.delta", "files"
 FORMAT_VERSION = 1
@@ -203,6 +204,7 @@ class Delta:
             BundleError: there is no delta, a file of it is missing or damaged, or its format is newer.
         """
         manifest = DeltaManifest.read(path)
+        mirror.fetch(path)
         if not (path / FILES_FOLDER / MANIFEST_NAME).exists():
             msg = f"{path / FILES_FOLDER / MANIFEST_NAME}: missing; copy the delta again"
             raise BundleError(msg)

@@ -19,6 +19,7 @@ from torchdlrm.folders import KindName, wrong_folder
 from torchdlrm.judging import RecalibrationMethod
 from torchdlrm.judging.recalibration import Recalibration
 from torchdlrm.model.model_class import ModelClassRecord
+from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
 _WITH_NEVER_MISSING, _WITH_IDS, FORMAT_VERSION = 6, 7, 8  # with a recalibration
@@ -99,7 +100,7 @@ class SealedJson(Frozen):
         Raises:
             BundleError: there is no such file, it is damaged, or its format is newer than this program.
         """
-        path = folder / cls._file_name
+        path = mirror.fetch(folder, [cls._file_name]) / cls._file_name
         try:
             size_bytes = regular_file(folder, cls._file_name).stat().st_size
             if size_bytes > _MAX_BYTES:
@@ -326,6 +327,11 @@ class BundleManifest(SealedJson):
             msg = f"recalibration: by {by}, which is no sparse feature of one value"
             raise ValueError(msg)
         return self
+
+    def has_block(self, start: int, block: bytes) -> bool:
+        """Whether these are the bytes of a block of the weights, which begins at this byte."""
+        at = start // self.block_bytes
+        return self.block_sha256[at : at + 1] == (hashlib.sha256(block).hexdigest(),)
 
     def check_names(self, folder: Path) -> None:
         """See that files which are named have checksums, and lie in the folder.

@@ -30,6 +30,7 @@ from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.frames import frame_or_rows, typed_columns
 from torchdlrm.prediction.json_rows import Row, RowReader, as_json_rows, joined
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.storage.places import located
 
 # By column name, as JSON has them, or typed columns.
 Rows = Sequence[Row] | pl.DataFrame
@@ -101,7 +102,7 @@ class Predictor:
         """Open a bundle to predict with.
 
         Args:
-            path: the bundle's folder.
+            path: the bundle's folder, or its URL.
             model_class: of a model that is not ours, the class or function that it was trained with, or where it
                 stands, as `my_models.py:GatedSum`.
             allow_changed_model_class: take it though its file has changed since.
@@ -116,7 +117,7 @@ class Predictor:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         bundle = Bundle.open(
-            Path(path),
+            located(path),
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
             verify=verify,

@@ -8,26 +8,32 @@ A file with the stamp of the object that is in the bucket is not fetched again. 
 All functions take paths, and do nothing for one that stands for no URL.
 """
 
+import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 from torchdlrm.errors import StorageError
 from torchdlrm.storage import objects
 from torchdlrm.storage.objects import ObjectStat
-from torchdlrm.storage.places import cache_folder, located, published_url, url_of
+from torchdlrm.storage.places import cache_folder, located, published_url, shown, url_of
+from torchdlrm.storage.reading import FileIdentity, open_to_read
 from torchdlrm.units import parse_bytes
 
 LIMIT_VARIABLE = "TORCHDLRM_CACHE_BYTES"
 _STAMPS = "stamps"
 _BLOCK_BYTES = 16 << 20
 _AT_A_TIME = 8
+_CLOCK_OF_FILES = 5  # Linux's CLOCK_REALTIME_COARSE
 _evicting = Lock()
 
 
@@ -36,8 +42,9 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
 
     Args:
         path: of an object, or of a folder (a prefix).
-        names: patterns for the paths of files inside of a folder that are needed now (`*` also matches a `/`). Of all
-            others the folders are made, and files that are no longer in the bucket are removed.
+        names: patterns for the paths of files inside of a folder that are needed now (`*` also matches a `/`, and it
+            alone an object itself). Of all others the folders are made, and files that are no longer in the bucket are
+            removed.
         check: of one object, whether the bytes from an offset on, a block of 16 MiB, are those that are expected.
 
     Raises:
@@ -46,15 +53,18 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
     url = published_url(path)
     if url is None:
         return path
+    patterns, listed_ns = tuple(names), time.clock_gettime_ns(_CLOCK_OF_FILES)
     found = objects.listed(url)
     if not found:
         try:
-            _fetch_file(path, objects.stat(url), check)
+            stat = objects.stat(url)
         except FileNotFoundError:
             _forget(path)
+        else:
+            if any(fnmatchcase("", pattern) for pattern in patterns):
+                _fetch_file(path, stat, check)
         return path
-    patterns = tuple(names)
-    _prune(path, found)
+    _prune(path, found, listed_ns)
     wanted = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
     path.mkdir(parents=True, exist_ok=True)
     for folder in {(path / name).parent for name in found}:
@@ -146,34 +156,58 @@ def _is_hidden(name: str) -> bool:
 
 def _each(tasks: Collection[Callable[[], None]]) -> None:
     with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="storage") as threads:
-        for future in [threads.submit(task) for task in tasks]:
-            future.result()
+        futures = [threads.submit(task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _fetch_file(path: Path, wanted: ObjectStat, check: Callable[[int, bytes], bool] | None = None) -> None:
     if _is_current(path, wanted):
         os.utime(_stamp_path(path))  # used now
         return
-    url = url_of(path)
-    assert url is not None, "the caller has looked"
     part, etag = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.etag")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _make_room(wanted.size_bytes)
-    if not etag.exists() or etag.read_text(encoding="utf-8") != wanted.etag:
-        part.unlink(missing_ok=True)
-        etag.write_text(wanted.etag, encoding="utf-8")
-    start = part.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES if part.exists() else 0
-    with part.open("ab") as file:
+    with _locked(part) as file:
+        if _is_current(path, wanted):  # another process has fetched it meanwhile
+            part.unlink()
+            return
+        _make_room(wanted.size_bytes)
+        if not etag.exists() or etag.read_text(encoding="utf-8") != wanted.etag:
+            file.truncate(0)
+            etag.write_text(wanted.etag, encoding="utf-8")
+        start = part.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES
         file.truncate(start)
-        for at in range(start, wanted.size_bytes, _BLOCK_BYTES):
-            block = objects.read(url, at, min(at + _BLOCK_BYTES, wanted.size_bytes), etag=wanted.etag)
-            if check is not None and not check(at, block):
-                msg = f"{url}: damaged: its bytes from {at:,} on are not those of its checksum"
-                raise StorageError(msg)
-            file.write(block)
-    part.replace(path)
-    etag.unlink(missing_ok=True)
-    _stamp(path, wanted)
+        with open_to_read(path, FileIdentity(wanted.size_bytes, 0, wanted.etag)) as source:
+            source.seek(start)
+            while block := source.read(_BLOCK_BYTES):
+                if check is not None and not check(start, block):
+                    msg = f"{shown(path)}: damaged: its bytes from {start:,} on are not those of its checksum; "
+                    raise StorageError(msg + "write it there again")
+                file.write(block)
+                start += len(block)
+        file.flush()
+        _stamp(path, wanted, part)  # before it has its name: no process is to find it without a stamp
+        part.replace(path)
+        etag.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """A file to append to, made where it is missing, while no other thread or process of this host does."""
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                found = path.stat()
+            except FileNotFoundError:  # it is complete since, and has another name
+                continue
+            if os.path.samestat(os.fstat(file.fileno()), found):
+                yield file
+                return
 
 
 def _push_file(path: Path) -> None:
@@ -186,10 +220,10 @@ def _push_file(path: Path) -> None:
 
 
 def _is_current(path: Path, wanted: ObjectStat) -> bool:
-    """Whether a file is this object: its stamp says so, and nothing has written to it since."""
+    """Whether a file or link is this object: its stamp says so, and nothing has written to it since."""
     try:
         etag, size_bytes, modified_ns = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
-        now = path.stat()
+        now = path.lstat()
     except (OSError, ValueError):
         return False
     written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
@@ -204,11 +238,13 @@ def _stamped(path: Path) -> ObjectStat | None:
     return ObjectStat(size_bytes, etag)
 
 
-def _stamp(path: Path, found: ObjectStat) -> None:
+def _stamp(path: Path, found: ObjectStat, written: Path | None = None) -> None:
     stamp = _stamp_path(path)
     stamp.parent.mkdir(parents=True, exist_ok=True)
     beside = stamp.with_name(f".{stamp.name}.{os.getpid()}")
-    beside.write_text(json.dumps([found.etag, found.size_bytes, path.stat().st_mtime_ns]), encoding="utf-8")
+    beside.write_text(
+        json.dumps([found.etag, found.size_bytes, (written or path).lstat().st_mtime_ns]), encoding="utf-8"
+    )
     beside.replace(stamp)
 
 
@@ -216,12 +252,12 @@ def _stamp_path(path: Path) -> Path:
     return cache_folder() / _STAMPS / path.absolute().relative_to(cache_folder())
 
 
-def _prune(folder: Path, found: Mapping[str, ObjectStat]) -> None:
+def _prune(folder: Path, found: Mapping[str, ObjectStat], listed_ns: float = math.inf) -> None:
     """Remove files that were in the bucket, and are there no more; what was never there is a job's of this host."""
     stamps = _stamp_path(folder)
-    for stamp in stamps.rglob("*") if stamps.is_dir() else ():
+    for stamp in stamps.rglob("[!.]*") if stamps.is_dir() else ():
         name = stamp.relative_to(stamps).as_posix()
-        if stamp.is_file() and name not in found:
+        if name not in found and stamp.is_file() and stamp.stat().st_mtime_ns < listed_ns:  # since then others write
             (folder / name).unlink(missing_ok=True)
             stamp.unlink(missing_ok=True)
             _remove_empty((folder / name).parent, folder)

@@ -76,8 +76,8 @@ def read(url: str, start: int = 0, end: int | None = None, *, etag: str | None =
     return _patiently(url, "read", lambda store, key: bytes(_obstore().get(store, key, options=options).bytes()))
 
 
-def read_if_changed(url: str, etag: str | None) -> tuple[bytes, str] | None:
-    """A small object and its tag; None where it still is the one with this tag.
+def read_if_changed(url: str, etag: str | None, *, patience_s: float | None = None) -> tuple[bytes, str] | None:
+    """A small object and its tag; None where it still is the one with this tag; `patience_s` in place of the usual.
 
     Raises:
         FileNotFoundError: there is no such object.
@@ -89,7 +89,7 @@ def read_if_changed(url: str, etag: str | None) -> tuple[bytes, str] | None:
         return bytes(answer.bytes()), _tag(answer.meta)
 
     try:
-        return _patiently(url, "read", get)
+        return _patiently(url, "read", get, patience_s)
     except _NotModified:
         return None
 
@@ -220,13 +220,17 @@ def _store(bucket: str, environment: tuple[tuple[str, str], ...]) -> Any:
     return from_url(bucket, **settings)
 
 
-def _patiently(url: str, done: str, operation: Callable[[Any, str], _Result]) -> _Result:
+def _patiently(
+    url: str, done: str, operation: Callable[[Any, str], _Result], patience_s: float | None = None
+) -> _Result:
     """Do an operation on a bucket and a key; what may pass is waited for."""
     from obstore import exceptions  # noqa: PLC0415
 
     bucket, key = _split(url)
     environment = tuple(sorted((name, value) for name, value in os.environ.items() if _configures(name)))
-    pause_s, until_s = _FIRST_PAUSE_S, time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or _PATIENCE_S)
+    if patience_s is None:
+        patience_s = float(os.environ.get(PATIENCE_VARIABLE) or _PATIENCE_S)
+    pause_s, until_s = _FIRST_PAUSE_S, time.monotonic() + patience_s
     while True:
         try:
             return operation(_store(bucket, environment), key)
