@@ -97,7 +97,7 @@ class Faults:
 class _Proxy:
     def __init__(self, server_port, faults, seed):
         self.server_port, self.faults, self.luck, self.free_at_s = server_port, faults, random.Random(seed), 0.0
-        self.ready = threading.Event()
+        self.ready, self.serving = threading.Event(), set()
 
     async def run(self):
         listening = await asyncio.start_server(self.serve, "127.0.0.1", 0, limit=1 << 20)
@@ -107,9 +107,15 @@ class _Proxy:
         self.ready.set()
         await stopped.wait()
         listening.close()
+        for task in self.serving:
+            task.cancel()
+        await asyncio.gather(*self.serving, return_exceptions=True)
+        await asyncio.sleep(0.01)  # the loop closes sockets when it comes around
 
     async def serve(self, reader, writer):
-        back = None
+        back, task = None, asyncio.current_task()
+        self.serving.add(task)
+        task.add_done_callback(self.serving.discard)
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").split("\r\n")
@@ -137,7 +143,7 @@ class _Proxy:
             for stream in (writer, back):
                 if stream is not None:
                     stream.close()
-                    with suppress(ConnectionError):
+                    with suppress(ConnectionError, asyncio.CancelledError):
                         await stream.wait_closed()
 
     async def answer(self, there, writer):
