@@ -11,7 +11,7 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest
 from torchdlrm.errors import BundleError, StorageError
 from torchdlrm.prediction.predictor import Predictor
-from torchdlrm.storage import objects
+from torchdlrm.storage import mirror, objects
 from torchdlrm.storage.places import located
 
 ROWS = rows_of(20)
@@ -61,3 +61,19 @@ def test_a_damaged_object_is_named(bucket, periods):
     objects.delete(f"{bucket}/bundle/bundle.json")
     with pytest.raises(BundleError, match=r"has no bundle\.json"):
         BundleManifest.read(located(f"{bucket}/bundle"))
+
+
+def test_a_link_in_a_bucket_leads_to_a_bundle(bucket, periods):
+    put(periods / "0002", f"{bucket}/live/bundles/0002")
+    link = located(f"{bucket}/live/current")
+    objects.write(f"{bucket}/live/current", b"bundles/0002")
+    opened = Predictor.open(f"{bucket}/live/current")
+    assert opened.bundle.period == 2
+    assert opened.bundle.path == located(f"{bucket}/live/bundles/0002")
+    assert str(link.readlink()) == "bundles/0002"
+    mirror.fetch(link.parent)
+    assert link.is_symlink(), "it is no file of the folder"
+    for target in (b"../../x", b"/etc", b"current", b"current/x", b"a//b", b""):
+        objects.write(f"{bucket}/live/current", target)
+        with pytest.raises(StorageError, match=f"{bucket}/live/current: is no link"):
+            mirror.fetch(link)

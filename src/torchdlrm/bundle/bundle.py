@@ -138,7 +138,7 @@ class Bundle:
             raise BundleError(msg)
         manifest.check_names(path)
         small = [name for name in manifest.files if name != WEIGHTS_NAME]
-        mirror.fetch(path, map(escape, small))
+        path = mirror.fetch(path, map(escape, small))
         mirror.fetch(path / WEIGHTS_NAME, check=manifest.has_block)
         for name, record in manifest.files.items():
             record.check_size(path, name, "bundle")

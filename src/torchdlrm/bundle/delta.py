@@ -204,7 +204,7 @@ class Delta:
             BundleError: there is no delta, a file of it is missing or damaged, or its format is newer.
         """
         manifest = DeltaManifest.read(path)
-        mirror.fetch(path)
+        path = mirror.fetch(path)
         if not (path / FILES_FOLDER / MANIFEST_NAME).exists():
             msg = f"{path / FILES_FOLDER / MANIFEST_NAME}: missing; copy the delta again"
             raise BundleError(msg)

@@ -3,6 +3,8 @@
     CACHE/s3/BUCKET/KEY           the object's bytes, or a part of them while they are fetched (`.KEY.part`)
     CACHE/stamps/s3/BUCKET/KEY    which object they are: its tag and size, and when the file was written
 
+Buckets have no links: an object `current` is one that says where it leads, and in the cache it is a symbolic link.
+
 A file with the stamp of the object that is in the bucket is not fetched again.  The cache takes at most
 `TORCHDLRM_CACHE_BYTES`: files that have not been used for longest go first, and those alone that the bucket has.
 All functions take paths, and do nothing for one that stands for no URL.
@@ -12,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -30,6 +33,7 @@ from torchdlrm.storage.reading import FileIdentity, open_to_read
 from torchdlrm.units import parse_bytes
 
 LIMIT_VARIABLE = "TORCHDLRM_CACHE_BYTES"
+LINK_NAME = "current"
 _STAMPS = "stamps"
 _BLOCK_BYTES = 16 << 20
 _AT_A_TIME = 8
@@ -38,10 +42,10 @@ _evicting = Lock()
 
 
 def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, bytes], bool] | None = None) -> Path:
-    """Bring what is at a URL into the cache, as it is there now; gives the path back.
+    """Bring what is at a URL into the cache, as it is there now; gives the path, of a link that where it leads.
 
     Args:
-        path: of an object, or of a folder (a prefix).
+        path: of an object, of a folder (a prefix), or of a link to one.
         names: patterns for the paths of files inside of a folder that are needed now (`*` also matches a `/`, and it
             alone an object itself). Of all others the folders are made, and files that are no longer in the bucket are
             removed.
@@ -55,6 +59,8 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
         return path
     patterns, listed_ns = tuple(names), time.clock_gettime_ns(_CLOCK_OF_FILES)
     found = objects.listed(url)
+    if not found and path.name == LINK_NAME and fetch_link(path) is not None:
+        return fetch(path.resolve(), patterns)
     if not found:
         try:
             stat = objects.stat(url)
@@ -71,6 +77,40 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
         folder.mkdir(parents=True, exist_ok=True)
     _each([lambda name=name: _fetch_file(path / name, found[name]) for name in wanted])  # type: ignore[misc]
     return path
+
+
+def fetch_link(link: Path, *, patience_s: float | None = None) -> str | None:
+    """Lead a link to where its object in the bucket says: one request, and nothing more where it is still the same.
+
+    Returns:
+        The tag of the object; None where there is none, and of a path on a disk.
+
+    Raises:
+        StorageError: the bucket cannot be read within this time, or the object is no link.
+    """
+    url = published_url(link)
+    if url is None or link.name != LINK_NAME or (link.is_dir() and not link.is_symlink()):
+        return None
+    known = _stamped(link)
+    etag = known.etag if known is not None and _is_current(link, known) else None
+    try:
+        found = objects.read_if_changed(url, etag, patience_s=patience_s)
+    except FileNotFoundError:
+        _forget(link)
+        return None
+    if found is None:
+        return etag
+    target = found[0].decode(errors="replace")
+    if re.fullmatch(r"(?!current\b)\w[\w.-]*(/(?!current\b)\w[\w.-]*)*", target) is None:
+        msg = f"{url}: is no link: its content is no place, as bundles/0002 is; `dlrm rollback` writes it again"
+        raise StorageError(msg)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target, target_is_directory=True)
+    _stamp(link, ObjectStat(len(found[0]), found[1]), beside)
+    beside.replace(link)
+    return found[1]
 
 
 def push(path: Path, last: str | None = None) -> None:
@@ -166,6 +206,9 @@ def _each(tasks: Collection[Callable[[], None]]) -> None:
 
 
 def _fetch_file(path: Path, wanted: ObjectStat, check: Callable[[int, bytes], bool] | None = None) -> None:
+    if path.name == LINK_NAME:
+        fetch_link(path)
+        return
     if _is_current(path, wanted):
         os.utime(_stamp_path(path))  # used now
         return
