@@ -28,6 +28,8 @@ from torchdlrm.files import replacing_durably, sha256_of
 from torchdlrm.folders import wrong_folder
 from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.storage import mirror
+from torchdlrm.storage.places import located
 from torchdlrm.toml import did_you_mean
 
 _FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, FORMAT_VERSION = range(1, 7)
@@ -245,7 +247,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A complete dataset on disk."""
+    """A complete dataset; of one at a URL, the manifest alone is here from the start: see `file`."""
 
     path: Path
     manifest: Manifest
@@ -256,16 +258,16 @@ class Dataset:
 
         Raises:
             DatasetError: there is no dataset, it is not complete, or its format version is another.
+            StorageError: the bucket that it is in cannot be read.
         """
-        path = Path(path)
+        path = mirror.fetch(located(path), [MANIFEST_NAME])
         manifest_path = path / MANIFEST_NAME
         try:
             text = manifest_path.read_text(encoding="utf-8")
         except OSError as error:
             raise wrong_folder(path, "dataset") from error
         dataset = cls(path, _parse_manifest(text, manifest_path))
-        for record in dataset.manifest.files:
-            dataset._check_size(record)
+        dataset._check_sizes()
         return dataset
 
     def with_label(self, name: str | None) -> Self:
@@ -352,7 +354,11 @@ class Dataset:
         if record is None:
             msg = f"{self.path}: feature {name} has no vocabulary: its values are hashed, or were ids already"
             raise DatasetError(msg)
-        return Vocabulary.read(self.path / record.path, name, kind)
+        return Vocabulary.read(self.file(record), name, kind)
+
+    def file(self, record: FileRecord) -> Path:
+        """One of its files, once it is on this host."""
+        return mirror.fetch_missing(self.path / record.path)
 
     def reset_ids(self, name: str) -> npt.NDArray[np.int32]:
         """The ids of a sparse feature that stand for another value than in the dataset whose vocabularies it extends.
@@ -366,7 +372,7 @@ class Dataset:
         turnover = self.manifest.sparse[name].turnover
         if turnover is None or turnover.reset is None:
             return np.zeros(0, np.int32)
-        path = self.path / turnover.reset.path
+        path = self.file(turnover.reset)
         try:
             table = pq.read_table(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
@@ -384,9 +390,9 @@ class Dataset:
             DatasetError: a file is not what was written.
         """
         progress.start_phase("verify", sum(record.size_bytes for record in self.manifest.files), unit="bytes")
+        self._check_sizes()
         for record in self.manifest.files:
-            self._check_size(record)
-            found = sha256_of(self.path / record.path)
+            found = sha256_of(self.file(record))
             if found != record.sha256:
                 msg = (
                     f"{self.path / record.path}: damaged: sha256 is {found}, written was {record.sha256}; copy it again"
@@ -394,13 +400,14 @@ class Dataset:
                 raise DatasetError(msg)
             progress.advance(record.size_bytes)
 
-    def _check_size(self, record: FileRecord) -> None:
-        path = self.path / record.path
-        size_bytes = path.stat().st_size if path.is_file() else None
-        if size_bytes != record.size_bytes:
-            found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
-            msg = f"{path}: {found}, but {MANIFEST_NAME} says {record.size_bytes:,} bytes; copy the dataset again"
-            raise DatasetError(msg)
+    def _check_sizes(self) -> None:
+        sizes = mirror.sizes_of(self.path, [record.path for record in self.manifest.files])
+        for record, size_bytes in zip(self.manifest.files, sizes.values(), strict=True):
+            if size_bytes != record.size_bytes:
+                found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
+                msg = f"{self.path / record.path}: {found}, but {MANIFEST_NAME} says {record.size_bytes:,} bytes; "
+                msg += "copy the dataset again"
+                raise DatasetError(msg)
 
 
 def rows_of_split(
@@ -413,7 +420,7 @@ def rows_of_split(
     """
     left = dataset.splits[split].rows if max_rows is None else max_rows
     for file in dataset.splits[split].files:
-        parquet = pq.ParquetFile(file.path, page_checksum_verification=True)
+        parquet = pq.ParquetFile(mirror.fetch_missing(file.path), page_checksum_verification=True)
         for group in range(parquet.num_row_groups):
             if not left:
                 return

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SplitName
+from torchdlrm.storage.reading import open_to_read
 
 _MOST, _NEARLY_ALL = 0.5, 0.9
 _NEW = 0.2  # by how much more is unknown in val than in train where values are new, and not just rare
@@ -119,7 +120,7 @@ def repeated_columns(dataset: Dataset) -> list[str]:
     single = [column.name for column in dataset.schema.sparse if not column.is_multi_valued]
     if not files or not single:
         return []
-    with pq.ParquetFile(files[0].path, page_checksum_verification=True) as file:
+    with open_to_read(files[0].path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
         rows = pl.DataFrame(file.read_row_group(0, columns=single))
     num_values, found = {name: rows[name].n_unique() for name in single}, {}
     for first, second in combinations(single, 2):

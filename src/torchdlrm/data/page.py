@@ -18,6 +18,7 @@ from torchdlrm.data.summary import DatasetSummary, summarize
 from torchdlrm.errors import DatasetError
 from torchdlrm.html import COLOURS, Chart, Curve, Part, bars, curve_chart, render
 from torchdlrm.judged import NORMAL_95
+from torchdlrm.storage.mirror import fetch_missing
 from torchdlrm.units import show_number
 
 _MOST_PIECES, _LEAST_ROWS = 20, 500  # of val, and of test
@@ -112,7 +113,7 @@ def _pieces(split: Split, label: str) -> NDArray[np.float64]:
     num_pieces = max(1, min(_MOST_PIECES, split.rows // _LEAST_ROWS))
     found, first = np.zeros((2, num_pieces)), 0
     for file in split.files:
-        with pq.ParquetFile(file.path, page_checksum_verification=True) as part:
+        with pq.ParquetFile(fetch_missing(file.path), page_checksum_verification=True) as part:
             for batch in part.iter_batches(columns=[label]):
                 place = (first + np.arange(batch.num_rows)) * num_pieces // split.rows
                 found += [np.bincount(place, weight, num_pieces) for weight in (None, batch.column(0).to_numpy())]

@@ -1,7 +1,11 @@
-"""Decodes the row groups of a split: Parquet on disk -> columns in memory, their ids checked against their tables."""
+"""Decodes the row groups of a split: Parquet on disk -> columns in memory, their ids checked against their tables.
+
+Of a dataset at a URL, a part is fetched when its first row group is read, and the parts that follow while it is read.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +18,11 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.tables import split_ids
 from torchdlrm.loader.batch import RowGroup, epoch_order
+from torchdlrm.storage.mirror import fetch_missing
+from torchdlrm.storage.reading import open_to_read
+
+_PARTS_AHEAD, _GROUPS_AHEAD = 2, 192
+_threads = ThreadPoolExecutor(_PARTS_AHEAD, thread_name_prefix="torchdlrm-fetch")
 
 
 @dataclass(frozen=True)
@@ -123,33 +132,23 @@ class RowGroupReader:
         feature_names: of the sparse features.
         has_row_weights: whether rows have weights.
         has_weights: of each sparse feature whether its ids have weights.
-
-    Raises:
-        DatasetError: a file cannot be read.
     """
 
     def __init__(self, dataset: Dataset, split: str, *, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
         self._order: tuple[int, list[RowGroup]] | None = None
-        self._paths = [file.path for file in dataset.splits[split].files]
+        files, most_rows = dataset.splits[split].files, dataset.manifest.row_group_rows
+        self._paths = [file.path for file in files]
         self._num_embeddings = dataset.num_embeddings
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
         self.has_row_weights = dataset.weight_name is not None
         self.has_weights = tuple(feature.weights_name is not None for feature in dataset.schema.sparse)
-        self.row_groups: list[RowGroup] = []
-        self._metadata: list[Any] = []
-        for file_index, path in enumerate(self._paths):
-            try:
-                metadata = pq.read_metadata(path)
-            except (OSError, ValueError) as error:
-                msg = f"{path}: cannot be read: {error}; run dlrm preprocess again"
-                raise DatasetError(msg) from error
-            self._metadata.append(metadata)
-            self.row_groups += [
-                RowGroup(file_index, group, metadata.row_group(group).num_rows)
-                for group in range(metadata.num_row_groups)
-            ]
+        self.row_groups = [
+            RowGroup(file_index, group, min(most_rows, file.rows - first_row))
+            for file_index, file in enumerate(files)
+            for group, first_row in enumerate(range(0, file.rows, most_rows))
+        ]
 
     def another(self) -> "RowGroupReader":
         """A reader of the same files for another thread."""
@@ -174,13 +173,22 @@ class RowGroupReader:
         where = self.order(epoch)[index]
         path = self._paths[where.file_index]
         if self._open is None or self._open[0] != where.file_index:
-            self._open = (where.file_index, pq.ParquetFile(path, page_checksum_verification=True))
+            try:
+                self._open = (where.file_index, pq.ParquetFile(fetch_missing(path), page_checksum_verification=True))
+            except (OSError, ValueError) as error:
+                msg = f"{path}: cannot be read: {error}; run dlrm preprocess again"
+                raise DatasetError(msg) from error
+            self._fetch_ahead(self.order(epoch)[index : index + _GROUPS_AHEAD])
         try:
             # One thread: this already runs during the step, which wants the other cores.
             table = self._open[1].read_row_group(where.group_index, use_threads=False)
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             msg = f"{path}: row group {where.group_index} is damaged: {error}"
             raise DatasetError(msg) from error
+        if table.num_rows != where.rows:
+            msg = f"{path}: row group {where.group_index} has {table.num_rows:,} rows, and not {where.rows:,} as "
+            msg += "dataset.json says; run dlrm preprocess again"
+            raise DatasetError(msg)
 
         def numbers(name: str) -> NDArray[Any]:
             return np.asarray(_one_array(table.column(name)).to_numpy(zero_copy_only=False))
@@ -212,13 +220,25 @@ class RowGroupReader:
             raise DatasetError(msg)
         return columns
 
+    def _fetch_ahead(self, groups: Sequence[RowGroup]) -> None:
+        """Let threads fetch the parts of the row groups behind the first; errors are the reader's to meet.
+
+        All ranks of this host do so: a part is fetched once between them.
+        """
+        paths = [self._paths[index] for index in dict.fromkeys(group.file_index for group in groups)]
+        for path in paths[1 : 1 + _PARTS_AHEAD]:
+            if not path.exists():
+                _threads.submit(fetch_missing, path)
+
     def most_ids(self) -> list[int | None]:
         """Of each sparse feature the most ids in a row group where rows have several, else None.
 
         As the files' footers say it: nothing is decoded.
         """
         found: dict[str, int | None] = dict.fromkeys(self.feature_names)
-        for metadata in self._metadata:
+        for path in self._paths if any(feature.is_multi_valued for feature in self._dataset.schema.sparse) else ():
+            with open_to_read(path) as file:
+                metadata = pq.read_metadata(file)
             for leaf, field in enumerate(metadata.schema.to_arrow_schema()):
                 if pa.types.is_list(field.type) and field.name in found:
                     groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))

@@ -113,6 +113,24 @@ def fetch_link(link: Path, *, patience_s: float | None = None) -> str | None:
     return found[1]
 
 
+def fetch_missing(path: Path) -> Path:
+    """As `fetch`, of a file in a folder that was fetched before: one that is here is not asked about again."""
+    if published_url(path) is None or not (path.exists() and _stamp_path(path).exists()):
+        return fetch(path)
+    with suppress(OSError):
+        os.utime(_stamp_path(path))  # used now
+    return path
+
+
+def sizes_of(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
+    """How many bytes files of a folder have, where it is; None where one is not there."""
+    url = published_url(folder)
+    if url is None:
+        return {name: path.stat().st_size if (path := folder / name).is_file() else None for name in names}
+    found = objects.listed(url)
+    return {name: found[name].size_bytes if name in found else None for name in names}
+
+
 def push(path: Path, last: str | None = None) -> None:
     """Write a file, or all files of a folder, into the bucket; one that is there as it is here is left.
 
@@ -298,12 +316,17 @@ def _stamp_path(path: Path) -> Path:
 def _prune(folder: Path, found: Mapping[str, ObjectStat], listed_ns: float = math.inf) -> None:
     """Remove files that were in the bucket, and are there no more; what was never there is a job's of this host."""
     stamps = _stamp_path(folder)
-    for stamp in stamps.rglob("[!.]*") if stamps.is_dir() else ():
+    for stamp in stamps.rglob("*") if stamps.is_dir() else ():
         name = stamp.relative_to(stamps).as_posix()
-        if name not in found and stamp.is_file() and stamp.stat().st_mtime_ns < listed_ns:  # since then others write
+        is_stamp = published_url(folder / name) is not None and stamp.is_file()
+        if not is_stamp or stamp.stat().st_mtime_ns >= listed_ns:  # since then others write
+            continue
+        if name not in found:
             (folder / name).unlink(missing_ok=True)
             stamp.unlink(missing_ok=True)
             _remove_empty((folder / name).parent, folder)
+        elif _stamped(folder / name) != found[name]:
+            stamp.unlink(missing_ok=True)  # `fetch_missing` is not to take it for the object that is there now
 
 
 def _remove_empty(folder: Path, top: Path) -> None:

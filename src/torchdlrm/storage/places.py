@@ -57,13 +57,14 @@ def url_of(path: Path) -> str | None:
         scheme, *parts = path.absolute().relative_to(cache_folder()).parts
     except ValueError:
         return None
-    return f"{scheme}://{'/'.join(parts)}" if scheme in SCHEMES and parts else None
+    is_key = scheme in SCHEMES and parts and ".." not in parts  # as a damaged manifest may have it, to lead elsewhere
+    return f"{scheme}://{'/'.join(parts)}" if is_key else None
 
 
 def published_url(path: Path) -> str | None:
-    """As `url_of`; None also of what is unfinished work."""
+    """As `url_of`; None also of what is unfinished work, but for the file that torch calls so in each checkpoint."""
     url = url_of(path)
-    return None if url is None or "/." in url else url
+    return None if url is None or "/." in url.removesuffix("/.metadata") else url
 
 
 def shown(path: Path) -> str:

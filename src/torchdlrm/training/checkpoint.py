@@ -10,6 +10,7 @@ Random state need not be in it: what is random during training (dropout) is draw
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +20,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torchdlrm.errors import RunError, TrainingError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import regular_file
+from torchdlrm.storage import mirror
 from torchdlrm.training.checkpoint_reader import read_metadata
 
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"
 _PART_BYTES = 2**20
+_threads = ThreadPoolExecutor(1, thread_name_prefix="torchdlrm-fetch")
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,15 @@ def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterat
     """
     part = memoryview(bytearray(_PART_BYTES))
     try:
+        mirror.fetch_missing(path / RECORD_NAME)
         files = sorted(_read_record(path).sha256.items())
         mine = [(name, expected) for name, expected in files if name != RECORD_NAME][rank::world_size]
         for name, expected in mine:
             digest = hashlib.sha256()
+            fetching = _threads.submit(mirror.fetch_missing, path / name)
+            while wait([fetching], 1.0).not_done:
+                yield None
+            fetching.result()
             with regular_file(path, name).open("rb") as file:
                 while num_bytes := file.readinto(part):
                     digest.update(part[:num_bytes])

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from torchdlrm.errors import RunError, shown
 from torchdlrm.files import regular_file
+from torchdlrm.storage.mirror import fetch_missing
 
 MODEL = "model.model."  # the state's name for the model, then DLRMTrain's for the DLRM
 _LOCAL_HEADER_BYTES = 30
@@ -127,6 +128,7 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
     """
     path = folder / METADATA_NAME
     try:
+        fetch_missing(path)
         fields = _state(_unpickled(regular_file(folder, METADATA_NAME).read_bytes()), "Metadata")
         files: dict[str, Path] = {}  # each is looked at once
         places = {_index(key): _place(value, folder, files) for key, value in fields["storage_data"].items()}
@@ -165,6 +167,7 @@ def _place(record: Any, folder: Path, files: dict[str, Path]) -> tuple[Path, int
         msg = f"it names {name!r}, which is no file of a checkpoint"
         raise ValueError(msg)
     if name not in files:
+        fetch_missing(folder / name)
         files[name] = regular_file(folder, name)
     if start + length > files[name].stat().st_size:
         msg = f"bytes {start:,} to {start + length:,} are not in {name}"

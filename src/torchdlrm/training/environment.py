@@ -17,6 +17,7 @@ from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import ModelClassRecord, record_of
 from torchdlrm.processor import processor_name
+from torchdlrm.storage.places import shown
 from torchdlrm.tables.huge_pages import huge_pages_policy
 from torchdlrm.training.checkpoint import CheckpointKind
 
@@ -81,7 +82,7 @@ def environment_now(dataset: Dataset, world_size: int, architecture: Architectur
         "world_size": world_size,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
+        "dataset": {"path": shown(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
         **({} if record is None else {"model_class": record}),
     }
 

@@ -21,6 +21,7 @@ from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.resolve import plan_of_training
 from torchdlrm.sharding.solution import Solution
 from torchdlrm.sharding.tables import tables_of_model
+from torchdlrm.storage.places import located
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
@@ -30,7 +31,7 @@ from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, 
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
-from torchdlrm.training.run import METRICS_NAME, Change, Run
+from torchdlrm.training.run import METRICS_NAME, Change, Run, fetch_run
 from torchdlrm.training.sharded import check_freeze
 from torchdlrm.training.source_run import SourceRun, find_source
 from torchdlrm.training.steps import Agenda, check_validations
@@ -110,7 +111,7 @@ def preview_training(
         TrainingError: both builds of FBGEMM are installed.
     """
     architecture = architecture_of(config.model, model_class, may_have_changed=allow_changed_model_class)
-    folder = Run(run, config)
+    folder = Run(fetch_run(run), config)
     num_steps = Agenda.of(config, dataset.splits["train"].rows).num_steps
     changes = () if restart else folder.check(dataset, architecture, num_steps=num_steps)
     source = find_source(from_run, folder, dataset, architecture, restart=restart)
@@ -185,11 +186,11 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)
-    folder = Run(Path(run), settings)
+    folder = Run(fetch_run(run), settings)
     architecture = architecture_of(settings.model, model_class, may_have_changed=allow_changed_model_class)
 
     def opened() -> Dataset:
-        found = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
+        found = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
         return found.with_label(settings.train.label)
 
     def describe() -> Settings:
@@ -261,7 +262,7 @@ def _start_run(
     def find() -> SourceRun | None:
         if not removes:
             run.check(dataset, architecture, num_steps=num_steps)
-        return find_source(None if from_run is None else Path(from_run), run, dataset, architecture, restart=removes)
+        return find_source(None if from_run is None else located(from_run), run, dataset, architecture, restart=removes)
 
     source = ranks.on_first(find)
     damage = None if source is None else find_damage_together(source.checkpoint, ranks)

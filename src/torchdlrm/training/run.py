@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from torchdlrm.config import Config, StopConfig, config_toml, load_config, setting_values
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import write_atomically
@@ -25,6 +25,7 @@ from torchdlrm.metrics import metrics_of_any
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.notebook import notebook_view
+from torchdlrm.storage import mirror, places
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
+# Of a run at a URL, what is looked at from the start; weights are fetched when they are read.
+_SMALL_FILES = (CONFIG_NAME, "*.json", METRICS_NAME, "*/.metadata")
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = (
     *("seed", "model.", "train.batch_size_global", "train.label"),
@@ -130,12 +133,14 @@ class Run:
         return self
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: str | Path) -> Self:
         """A run that was started before.
 
         Raises:
             RunError: there is none.
+            StorageError: the bucket that it is in cannot be read.
         """
+        path = fetch_run(path)
         if not (path / CONFIG_NAME).is_file():
             raise wrong_folder(path, "run")
         return cls(path, load_config(path / CONFIG_NAME, is_of_run=True))
@@ -144,7 +149,8 @@ class Run:
     def find(cls, name: str, folders: Collection[Path]) -> "Run | None":
         """The run of this name in one of some folders, if there is one; a bundle says the name of its run."""
         is_name = Path(name).name == name  # else it would lead anywhere
-        found = next((folder / name for folder in folders if is_name and (folder / name).is_dir()), None)
+        paths = (folder / name for folder in folders if is_name)
+        found = next((path for path in paths if fetch_run(path).is_dir()), None)
         return None if found is None else cls.open(found)
 
     @property
@@ -186,15 +192,8 @@ class Run:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a process is training in it."""
-        try:
-            with (self.path / LOCK_NAME).open(encoding="utf-8") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        """Whether a process of this host is training in it."""
+        return _is_in_use(self.path)
 
     def was_started_by(self, launchers: Collection[str]) -> bool:
         """Whether one of these has started the processes that trained in it last; its lock tells."""
@@ -296,11 +295,12 @@ class Run:
             RunError: it has moved, or another dataset is there.
         """
         trained_on = self.environment["dataset"]
-        if dataset is None and not Path(trained_on["path"]).is_dir():
+        place = mirror.fetch(places.located(trained_on["path"]), [MANIFEST_NAME])
+        if dataset is None and not place.is_dir():
             msg = f"{self.path}: its dataset is not at {trained_on['path']} any more; say with `dataset` where it is"
             raise RunError(msg)
         if not isinstance(dataset, Dataset):
-            dataset = Dataset.open(Path(dataset or trained_on["path"]))
+            dataset = Dataset.open(dataset or place)
         if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
             msg = (
                 f"{dataset.path}: not the dataset that {self.path} was trained on (its dataset.json differs), so the "
@@ -311,9 +311,9 @@ class Run:
 
     def take_place(self, dataset: Dataset) -> None:
         """Record where the dataset is, if it has moved; it must be the one that the run was trained on."""
-        environment = self.environment
-        if environment["dataset"]["path"] != str(dataset.path.resolve()):
-            environment["dataset"]["path"] = str(dataset.path.resolve())
+        environment, place = self.environment, places.shown(dataset.path.resolve())
+        if environment["dataset"]["path"] != place:
+            environment["dataset"]["path"] = place
             self._write_environment(environment)
 
     def write_plan(self, solution: "Solution") -> None:
@@ -404,9 +404,34 @@ class Run:
         if not self.exists:
             return
         for name in ("tensorboard", "checkpoints", "evaluation", "profile", "wandb"):
+            mirror.remove(self.path / name)
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, TRACKERS_NAME, CONFIG_NAME):
+            mirror.remove(self.path / name)
             (self.path / name).unlink(missing_ok=True)
+
+
+def fetch_run(path: str | Path) -> Path:
+    """The folder of a run, if there is one; of a run at a URL, small files as the bucket has them.
+
+    Where a process of this host is training in it, what is here is newer.
+
+    Raises:
+        StorageError: the bucket cannot be read.
+    """
+    path = places.located(path)
+    return path if _is_in_use(path) else mirror.fetch(path, _SMALL_FILES)
+
+
+def _is_in_use(path: Path) -> bool:
+    try:
+        with (path / LOCK_NAME).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _is_of_a_start(path: Path) -> bool:

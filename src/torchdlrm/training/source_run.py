@@ -20,6 +20,7 @@ from torchdlrm.features.vocabulary import first_difference
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import difference_from
+from torchdlrm.storage import places
 from torchdlrm.training.checkpoint import (
     RECORD_NAME,
     ChosenCheckpoint,
@@ -28,7 +29,7 @@ from torchdlrm.training.checkpoint import (
     list_checkpoints,
 )
 from torchdlrm.training.environment import WarmStartRecord, manifest_sha256
-from torchdlrm.training.run import Run, shown
+from torchdlrm.training.run import Run, fetch_run, shown
 
 _MAX_SHOWN = 8
 
@@ -48,7 +49,7 @@ class SourceRun:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint's folder."""
-        return checkpoint_path(Path(self.record["run"]) / "checkpoints", self.record["step"])
+        return checkpoint_path(places.located(self.record["run"]) / "checkpoints", self.record["step"])
 
     def __str__(self) -> str:
         return f"{self.record['run']}, {ChosenCheckpoint(self.record['step'], self.record['checkpoint'])}"
@@ -77,14 +78,14 @@ def find_source(
     recorded: WarmStartRecord | None = None
     if run.exists and not restart:
         recorded = run.environment.get("warm_start")
-        if recorded is not None and from_run is not None and not Path(recorded["run"]).exists():  # it may have moved
-            recorded["run"] = str(from_run.resolve())
+        if recorded is not None and from_run is not None and not fetch_run(recorded["run"]).exists():  # it has moved
+            recorded["run"] = places.shown(from_run.resolve())
         _check_same(from_run, recorded, run)
         if recorded is None or list_checkpoints(run.checkpoints):
             return None
     elif from_run is None:
         return None
-    path = Path(recorded["run"]) if recorded is not None else (from_run or Path()).resolve()
+    path = places.located(recorded["run"]) if recorded is not None else (from_run or Path()).resolve()
     if path == run.path.resolve():
         msg = f"`from_run`: {path} is the run itself; give another `run`"
         raise RunError(msg)
@@ -107,12 +108,12 @@ def find_source(
     _check_fits(theirs, run.config, dataset, architecture)
     resets = dataset.sparse_names if _extends(dataset, theirs) else ()
     num_reset = {name: found for name in resets if (found := len(dataset.reset_ids(name)))}
-    new: WarmStartRecord = {"run": str(path), "step": chosen.step, "checkpoint": chosen.kind, "sha256": sha256}
+    new: WarmStartRecord = {"run": places.shown(path), "step": chosen.step, "checkpoint": chosen.kind, "sha256": sha256}
     return SourceRun(recorded or new, num_reset)
 
 
 def _check_same(from_run: Path | None, recorded: WarmStartRecord | None, run: Run) -> None:
-    if from_run is None or (recorded is not None and str(from_run.resolve()) == recorded["run"]):
+    if from_run is None or (recorded is not None and places.shown(from_run.resolve()) == recorded["run"]):
         return
     started = "no other run" if recorded is None else f"{recorded['run']}, step {recorded['step']}"
     msg = (
@@ -224,7 +225,7 @@ def _other_ids(theirs: Dataset, ours: Dataset, name: str, reset: npt.NDArray[np.
         return f"has {now.num_embeddings:,} ids, and had {before.num_embeddings:,}; ids may only be added"
     if before.vocabulary is None or now.vocabulary is None or before.vocabulary.sha256 == now.vocabulary.sha256:
         return None
-    files = theirs.path / before.vocabulary.path, ours.path / now.vocabulary.path
+    files = theirs.file(before.vocabulary), ours.file(now.vocabulary)
     found = first_difference(*files, before.num_embeddings, reset)
     if found is None:
         return None

@@ -188,12 +188,21 @@ def test_an_id_outside_its_table_is_an_error_that_names_file_row_group_feature_a
     ids[1_234] = wrong_id
     index = table.schema.get_field_index("cat_5")
     table = table.set_column(index, table.schema.field(index), pa.array(ids, type=table.schema.field(index).type))
-    pq.write_table(table, path, row_group_size=1_000)
+    pq.write_table(table, path)
     rows = dataset.num_embeddings["cat_5"]
     loader = Loader(dataset, "train", batch_size_global=500)
-    expected = f"{path.name}: row group 1, row 234: cat_5 has the id {wrong_id}, but its table has {rows:,} rows"
+    expected = f"{path.name}: row group 0, row 1234: cat_5 has the id {wrong_id}, but its table has {rows:,} rows"
     with pytest.raises(DatasetError, match=re.escape(expected)):
         list(loader)
+
+
+def test_other_row_groups_than_the_manifest_says_are_refused(small_log, tmp_path):
+    preprocess([small_log], tmp_path / "dataset", criteo_schema(), PreprocessOptions())
+    dataset = Dataset.open(tmp_path / "dataset")
+    path = dataset.splits["train"].files[0].path
+    pq.write_table(pq.read_table(path), path, row_group_size=1_000)
+    with pytest.raises(DatasetError, match=r"row group 0 has 1,000 rows, and not 4,286 as dataset.json"):
+        list(Loader(dataset, "train"))
 
 
 def test_an_id_outside_its_table_is_found_in_a_list_of_ids_too(tmp_path):
