@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torchdlrm.loader.loader import Loader as Loader
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
+    from torchdlrm.model.architecture import Feature as Feature
     from torchdlrm.model.batch_norm import GlobalBatchNorm1d as GlobalBatchNorm1d
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
@@ -89,6 +90,7 @@ _NAMES_OF = {
     "live.settings": ("ExportSettings", "GateSettings", "LiveSettings"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
+    "model.architecture": ("Feature",),
     "model.batch_norm": ("GlobalBatchNorm1d",),
     "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "SparseArch"),
     "model.dropout": ("DroppedActivation",),

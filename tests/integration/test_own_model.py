@@ -54,8 +54,12 @@ from torchdlrm import DLRM
 
 
 class ByName(DLRM):
-    def __init__(self, **arguments):
+    settings = {{"largest": 10.0, "feature": "cat_1"}}
+
+    def __init__(self, features, feature, largest, **arguments):
         super().__init__(**arguments)
+        self.largest, self.features = largest, {{one.name: one for one in features}}
+        assert self.features[feature].num_ids == {ids}
         configs = arguments["embedding_bag_collection"].embedding_bag_configs()
         assert {{config.name: config.num_embeddings for config in configs}}["t_cat_2"] == {ids}
         assert self.sparse_arch.sparse_feature_names.index("cat_2") == 2
@@ -63,7 +67,7 @@ class ByName(DLRM):
     def forward(self, dense_features, sparse_features):
         logits = super().forward(dense_features, sparse_features)
         logits = logits + super().forward(dense_features, sparse_features)
-        if logits.abs().max() > 30:  # neither this nor the next line could be traced
+        if logits.abs().max() > self.largest:  # neither this nor the next line could be traced
             logits = logits / 2
         return logits + torch.zeros(dense_features.shape[0], 1)
 """
@@ -152,6 +156,7 @@ def test_a_class_may_pick_a_feature_by_name_and_be_written_in_any_python(small_d
     file.write_text(BY_NAME.format(ids=small_dataset.num_embeddings["cat_2"]))
     own = {"model_class": f"{file}:ByName"}
     divided = {"model.features.cat_9.quotient_remainder": "add", "model.features.cat_2.embedding_dim": "4"}
+    divided |= {"model.settings.feature": "cat_2", "model.settings.largest": "30"}
     config = load_config(CONFIG, FAST | divided)
     asked = PlanRequest(dataset=small_dataset.path, **own)
     assert plan(asked, config, measure=True).problem.measured.compute_ms > 0
@@ -164,6 +169,7 @@ def test_a_class_may_pick_a_feature_by_name_and_be_written_in_any_python(small_d
     assert plan(PlanRequest(run=tmp_path / "run", **own)).problem.shape.features["cat_2"] > 1
     bundle = export(tmp_path / "run", tmp_path / "bundle", **own).bundle
     assert bundle.manifest.check.largest_difference <= 1e-6
+    assert bundle.manifest.model.settings == {"feature": "cat_2", "largest": 30}
 
 
 def test_a_class_that_padding_breaks_is_refused_before_anything_is_trained(small_dataset, dlrm, tmp_path):

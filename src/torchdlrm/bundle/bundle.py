@@ -224,6 +224,7 @@ class Bundle:
             self.architecture,
             is_weighted=self.schema.has_value_weights,
             num_embeddings=tuple((name, record.num_embeddings) for name, record in self.manifest.sparse.items()),
+            multi_valued=frozenset(column.name for column in self.schema.sparse if column.is_multi_valued),
         )
 
     @property

@@ -22,7 +22,7 @@ from torchdlrm.model.model_class import ModelClassRecord
 from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
-_WITH_NEVER_MISSING, _WITH_IDS, FORMAT_VERSION = 6, 7, 8  # with a recalibration
+_WITH_NEVER_MISSING, _WITH_IDS, WITH_RECALIBRATION, FORMAT_VERSION = 6, 7, 8, 9  # with settings of a model class
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -43,6 +43,8 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
+    if model.settings:
+        return FORMAT_VERSION
     if schema.has_ids:
         return _WITH_IDS
     if has_never_missing:

@@ -12,6 +12,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torchdlrm.config.types import PositiveInt, Section
 
 InteractionName = Literal["dot", "dcn", "projection"]
+# Of a model class: what TOML and JSON have in common.
+Setting = bool | int | float | str | Annotated[tuple[int | float | str, ...], Field(strict=False)]
 LayerSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
 
 
@@ -142,6 +144,10 @@ class ModelConfig(Section):
     dcn: DCNConfig = DCNConfig()
     projection: ProjectionConfig = ProjectionConfig()
     features: dict[str, FeatureConfig] = Field({}, description="smaller tables, by feature")
+    settings: dict[str, Setting] = Field(
+        {},
+        description="of a model class, by the names that its `settings` have (docs/models.md), as in [model.settings]",
+    )
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
@@ -169,7 +175,7 @@ class ModelConfig(Section):
     def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """So that a config says what its model is, and no more; older programs read it where it is no news to them."""
         unread = {name for name in self._interactions if name != self.interaction}
-        unread |= set() if self.features else {"features"}
+        unread |= {name for name in ("features", "settings") if not getattr(self, name)}
         unread |= set() if self.table_init_scale != 1 else {"table_init_scale"}
         return {name: value for name, value in write(self).items() if name not in unread}
 

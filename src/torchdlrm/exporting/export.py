@@ -20,7 +20,7 @@ from torchdlrm.bundle.check import Agreement, compare, tolerance
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
-    FORMAT_VERSION,
+    WITH_RECALIBRATION,
     SAMPLE_NAME,
     WEIGHTS_NAME,
     BundleManifest,
@@ -237,7 +237,10 @@ def _export(
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         update = {"check": record, "files": files, "dense_precision": dense_precision}
         if served.recalibration is not None:
-            update |= {"recalibration": served.recalibration, "format_version": FORMAT_VERSION}
+            update |= {
+                "recalibration": served.recalibration,
+                "format_version": max(manifest.format_version, WITH_RECALIBRATION),
+            }
         manifest.model_copy(update=update).write(folder)
     opened = Bundle.open(out, model_class=model_class, verify="lazy")
     return Exported(opened, chosen, search, reason, agreement)

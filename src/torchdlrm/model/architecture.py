@@ -159,6 +159,15 @@ def layers(inputs: int, sizes: Sequence[int]) -> list[Product]:
 
 
 @dataclass(frozen=True)
+class Feature:
+    """A sparse feature, as a model class is given it: its name, how many ids it has, whether a row may have several."""
+
+    name: str
+    num_ids: int
+    is_multi_valued: bool
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model's architecture and sizes.
 
@@ -170,6 +179,7 @@ class ModelShape:
         is_weighted: whether ids have weights, by which their embeddings are multiplied before they are summed.
         num_embeddings: ids of each sparse feature by name, in the order of the schema, where they are known: a model
             class may ask for them.
+        multi_valued: the names of those of which a row may have several ids.
     """
 
     config: ModelConfig
@@ -178,6 +188,7 @@ class ModelShape:
     given_architecture: Architecture | None = None
     is_weighted: bool = False
     num_embeddings: tuple[tuple[str, int], ...] = ()
+    multi_valued: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
@@ -195,6 +206,7 @@ class ModelShape:
             architecture,
             is_weighted=dataset.schema.has_value_weights,
             num_embeddings=tuple(dataset.num_embeddings.items()),
+            multi_valued=frozenset(multi_valued),
         )
 
     @property

@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from torchdlrm.config import ModelConfig
+from torchdlrm.config.model import Setting
 from torchdlrm.errors import ConfigError, TorchDLRMError
 from torchdlrm.files import sha256_of
-from torchdlrm.model.architecture import Architecture, ModelShape, Product, built_in
+from torchdlrm.model.architecture import Architecture, Feature, ModelShape, Product, built_in
 from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
@@ -70,12 +71,20 @@ class CustomArchitecture(Architecture):
         is_interaction: whether it is the latter: takes `num_sparse_features` and `embedding_dim`, and gives a module
             with an `output_size` whose forward maps [B, D] and [B, F, D] to [B, output_size].
         may_have_changed: whether its file may be another one than a run or bundle says.
+        settings: its own, as the config has them, and its defaults; passed by name.
     """
 
     make: Callable[..., nn.Module]
     record: ModelClassRecord
     is_interaction: bool
     may_have_changed: bool
+    settings: tuple[tuple[str, Setting], ...] = ()
+
+    def _own_arguments(self, shape: ModelShape) -> dict[str, Any]:
+        """What it is given besides what its like are: its settings, and the features where it takes them."""
+        features = [Feature(name, num_ids, name in shape.multi_valued) for name, num_ids in shape.features.items()]
+        takes_features = "features" in inspect.signature(self.make).parameters
+        return {**dict(self.settings), **({"features": tuple(features)} if takes_features else {})}
 
     def build(
         self, shape: ModelShape, embedding_bag_collection: "EmbeddingBagCollection", device: torch.device
@@ -91,9 +100,13 @@ class CustomArchitecture(Architecture):
             EmbeddingCollection,
         )
 
-        make = self._dlrm_of_interaction if self.is_interaction else self.make
+        own, how = self._own_arguments(shape), {**shape.arguments, "dense_device": device}
         with _reported(self.record.name):
-            model: Any = make(embedding_bag_collection=embedding_bag_collection, **shape.arguments, dense_device=device)
+            model: Any = (
+                self._dlrm_of_interaction(own, embedding_bag_collection=embedding_bag_collection, **how)
+                if self.is_interaction
+                else self.make(embedding_bag_collection=embedding_bag_collection, **how, **own)
+            )
         self._require_module(model)
         held = getattr(getattr(model, "sparse_arch", None), "embedding_bag_collection", None)
         if held is not embedding_bag_collection:
@@ -124,20 +137,22 @@ class CustomArchitecture(Architecture):
                 raise ConfigError(msg)
         return model
 
-    def _dlrm_of_interaction(self, **arguments: Any) -> nn.Module:
+    def _dlrm_of_interaction(self, own: Mapping[str, Any], **arguments: Any) -> nn.Module:
         from torchdlrm.model.dlrm import DLRM  # noqa: PLC0415 - with TorchRec, which a server can do without
 
         make_checked = self._checked_interaction
 
         class DLRMOfInteraction(DLRM):
             def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
-                return make_checked(num_sparse_features, embedding_dim)
+                return make_checked(num_sparse_features, embedding_dim, own)
 
         return DLRMOfInteraction(**arguments)
 
-    def _checked_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+    def _checked_interaction(
+        self, num_sparse_features: int, embedding_dim: int, own: Mapping[str, Any]
+    ) -> tuple[nn.Module, int]:
         """The interaction arch and its output size, once it has been seen to give such outputs of rows of zeros."""
-        interaction = self.make(num_sparse_features=num_sparse_features, embedding_dim=embedding_dim)
+        interaction = self.make(num_sparse_features=num_sparse_features, embedding_dim=embedding_dim, **own)
         self._require_module(interaction)
         size: Any = getattr(interaction, "output_size", None)
         if not isinstance(size, int) or size < 1:
@@ -224,6 +239,9 @@ def architecture_of(
             than a model or an interaction arch, or `model.interaction` is set too.
     """
     if model_class is None:
+        if config.settings:
+            msg = f"model.settings: only a model class of its own reads them (`model_class`), got {config.settings}"
+            raise ConfigError(msg)
         return built_in(config.interaction)
     if config.interaction != "dot":
         msg = (
@@ -245,23 +263,49 @@ def architecture_of(
         record = ModelClassRecord(name=f"{make.__module__}:{name}", sha256=None)
     else:
         record = ModelClassRecord(name=f"{path.name}:{name}", sha256=sha256_of(path))
-    return CustomArchitecture(make, record, _is_interaction(make, record.name), may_have_changed)
+    settings = _settings(make, record.name, config.settings)
+    is_interaction = _is_interaction(make, record.name, settings)
+    return CustomArchitecture(make, record, is_interaction, may_have_changed, tuple(settings.items()))
 
 
-def _is_interaction(make: Callable[..., nn.Module], name: str) -> bool:
+def _settings(make: Callable[..., nn.Module], name: str, given: Mapping[str, Setting]) -> dict[str, Setting]:
+    """The settings of a model class: what its `settings` say, but for those that are given.
+
+    Raises:
+        ConfigError: it has no such setting, or a value is of another type than its default.
+    """
+    defaults: dict[str, Setting] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in getattr(make, "settings", {}).items()
+    }
+    problems = []
+    for key, value in given.items():
+        if key not in defaults:
+            there = f"; it has {', '.join(defaults)}" if defaults else ""
+            hint = did_you_mean(key, defaults) or there
+            problems.append(f"model.settings.{key}: {name} has no such setting in its `settings`{hint}")
+        elif type(value) is not type(defaults[key]) and (type(value), type(defaults[key])) != (int, float):
+            problems.append(f"model.settings.{key}: must be of the type of {defaults[key]!r}, got {value!r}")
+    if problems:
+        raise ConfigError("\n  ".join(["the config does not suit the model class:", *problems]))
+    return {**defaults, **given}
+
+
+def _is_interaction(make: Callable[..., nn.Module], name: str, settings: Collection[str]) -> bool:
     """Whether what it takes makes it an interaction arch, and not a whole model.
 
     Raises:
         ConfigError: it is neither.
     """
     signature = inspect.signature(make)
+    own = [*settings, *({"features"} & signature.parameters.keys())]
     for arguments in (_MODEL_ARGUMENTS, _INTERACTION_ARGUMENTS):
         with suppress(TypeError):
-            signature.bind(**dict.fromkeys(arguments))
+            signature.bind(**dict.fromkeys([*arguments, *own]))
             return arguments == _INTERACTION_ARGUMENTS
     msg = (
         f"`model_class`: {name} takes {signature}: an interaction arch takes {', '.join(_INTERACTION_ARGUMENTS)}, and "
         f"a whole model {', '.join(_MODEL_ARGUMENTS)}"
+        + (f"; both take what its `settings` name: {', '.join(settings)}" if settings else "")
     )
     raise ConfigError(msg)
 

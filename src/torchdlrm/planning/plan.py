@@ -103,6 +103,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         _architecture(request, config),
         is_weighted=dataset is not None and dataset.schema.has_value_weights,
         num_embeddings=num_embeddings,
+        multi_valued=frozenset(multi_valued),
     )
     shape.architecture.check(shape)
     # Tables of a run may be smaller already: then nothing changes.

@@ -52,6 +52,14 @@ class WithoutSize(torch.nn.Module):
         super().__init__()
 
 
+class WithSettings(Sum):
+    settings = {"times": 2, "scale": 1.0, "names": ["a"]}
+
+    def __init__(self, num_sparse_features, embedding_dim, times, scale, names, features):
+        super().__init__(num_sparse_features, embedding_dim, times)
+        self.scale, self.names, self.features = scale, names, features
+
+
 class OfAnotherSize(Sum):
     def forward(self, dense_features, sparse_features):
         return super().forward(dense_features, sparse_features)[:, 1:]
@@ -319,3 +327,33 @@ def test_a_function_may_make_the_model_whose_products_are_those_that_run():
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, make_dlrm))
     assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds
     assert 2 * 5 * shape.multiply_adds == counted_flops(shape, rows=5)
+
+
+def test_a_class_is_given_its_settings_and_the_features():
+    config = CONFIG.model_copy(update={"settings": {"times": 3, "scale": 2}})
+    architecture = architecture_of(config, WithSettings)
+    shape = ModelShape(config, 4, 3, architecture, num_embeddings=(("a", 5), ("b", 6), ("c", 7)), multi_valued={"b"})
+    built = EagerModel(shape, shape.features).module.inter_arch
+    assert (built.times, built.scale, built.names) == (3, 2, ("a",))
+    assert [(one.name, one.num_ids, one.is_multi_valued) for one in built.features] == [
+        ("a", 5, False),
+        ("b", 6, True),
+        ("c", 7, False),
+    ]
+    assert ModelConfig.model_validate(config.model_dump(mode="json")) == config
+    assert "settings" not in CONFIG.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("settings", "model_class", "message"),
+    [
+        ({"time": 3}, WithSettings, "model.settings.time: .*WithSettings has no such setting.*did you mean times"),
+        ({"times": 2.5}, WithSettings, "model.settings.times: must be of the type of 2, got 2.5"),
+        ({"times": True}, WithSettings, "model.settings.times: must be of the type of 2, got True"),
+        ({"times": 3}, Sum, "model.settings.times: .*Sum has no such setting"),
+        ({"times": 3}, None, "model.settings: only a model class of its own reads them"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(settings, model_class, message):
+    with pytest.raises(ConfigError, match=message):
+        architecture_of(CONFIG.model_copy(update={"settings": settings}), model_class)
