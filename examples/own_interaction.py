@@ -8,6 +8,7 @@ B rows, F sparse features, D embedding dimension; together with the dense vector
 """
 
 import sys
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torchdlrm import evaluate, load_config, train
 class FieldAttention(nn.Module):
     """Each vector asks all others, and adds up what they answer: the self-attention of AutoInt (arXiv:1810.11921)."""
 
-    settings = {"num_heads": 2}  # other ones by `model.settings`
+    settings: ClassVar = {"num_heads": 2}  # other ones by `model.settings`
 
     def __init__(self, num_sparse_features: int, embedding_dim: int, num_heads: int) -> None:
         super().__init__()

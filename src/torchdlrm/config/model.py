@@ -146,7 +146,7 @@ class ModelConfig(Section):
     features: dict[str, FeatureConfig] = Field({}, description="smaller tables, by feature")
     settings: dict[str, Setting] = Field(
         {},
-        description="of a model class, by the names that its `settings` have (docs/models.md), as in [model.settings]",
+        description="of a model class, by the names in its `settings` (docs/models.md)",
     )
 
     def __hash__(self) -> int:

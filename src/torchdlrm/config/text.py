@@ -178,7 +178,7 @@ def configuration_markdown() -> str:
     """Make docs/configuration.md: every setting with its default and meaning."""
     lines = [_DOCUMENT_HEAD.strip(), "", "| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in settings():
-        default = "not set" if field.default is None else f"`{toml_value(field.default)}`"
+        default = "not set" if field.default in (None, {}) else f"`{toml_value(field.default)}`"
         lines.append(f"| `{name}` | {default} | {field.description} |")
     for name, section in sections():
         if name:

@@ -20,9 +20,9 @@ from torchdlrm.bundle.check import Agreement, compare, tolerance
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
-    WITH_RECALIBRATION,
     SAMPLE_NAME,
     WEIGHTS_NAME,
+    WITH_RECALIBRATION,
     BundleManifest,
     CheckRecord,
     Origin,

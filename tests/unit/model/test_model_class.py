@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ class WithoutSize(torch.nn.Module):
 
 
 class WithSettings(Sum):
-    settings = {"times": 2, "scale": 1.0, "names": ["a"]}
+    settings: ClassVar = {"times": 2, "scale": 1.0, "names": ["a"]}
 
     def __init__(self, num_sparse_features, embedding_dim, times, scale, names, features):
         super().__init__(num_sparse_features, embedding_dim, times)
