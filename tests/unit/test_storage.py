@@ -25,7 +25,13 @@ def test_a_url_is_a_path_and_back(bucket, tmp_path):
     assert located("days/1.gz") == Path("days/1.gz")
     assert with_urls(f"{path}: no") == "s3://clicks/days/1.gz: no"
     assert with_paths("--x=gs://b/c") == f"--x={tmp_path}/cache/gs/b/c"
-    assert with_paths("--train.batch_size=4") == "--train.batch_size=4"
+    for other in (
+        "--train.batch_size=4",
+        "tcp://scheduler:8786",
+        "--cluster=tls://10.0.0.1:8786",
+        "http://localhost:8080",
+    ):
+        assert with_paths(other) == other
 
 
 @pytest.mark.parametrize(("url", "message"), [("s3a://b/c", "write s3://"), ("s3://b/../c", "no"), ("ftp://b", "ftp")])

@@ -16,6 +16,7 @@ from torchdlrm.errors import StorageError
 CACHE_VARIABLE = "TORCHDLRM_CACHE"
 SCHEMES = ("s3", "gs", "az")
 _URL = re.compile(r"(s3|gs|az|file):/{1,3}(?=[^/])")  # a `Path` of a URL has one slash
+_SERVERS = ("https?", "tcp", "tls", "ucxx?", "wss?")  # not places of files: a Dask scheduler's, a web server's
 _NAMES_OF_OTHERS = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "azure": "az"}
 
 
@@ -80,4 +81,5 @@ def with_urls(text: str) -> str:
 def with_paths(token: str) -> str:
     """A token of a command line: for a URL in it, also behind `=`, the path that stands for it."""
     head, at, url = token.rpartition("=") if "=" in token.partition("://")[0] else ("", "", token)
-    return f"{head}{at}{located(url)}" if re.match(r"[a-z0-9]+://", url) and not url.startswith("http") else token
+    is_place = re.match(rf"(?!({'|'.join(_SERVERS)})://)[a-z0-9]+://", url)
+    return f"{head}{at}{located(url)}" if is_place else token
