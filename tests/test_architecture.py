@@ -27,6 +27,7 @@ FLOORS = {
     "units": 0,
     "versions": 0,
     "config": 1,
+    "jobs": 1,
     "judging": 1,
     "features": 2,
     "kernels": 3,
@@ -55,7 +56,7 @@ FLOORS = {
 }
 # The ground's modules may import each other, as long as there is no circle.
 GROUND = {room for room, floor in FLOORS.items() if floor == 0}
-NO_TORCH = GROUND | {"config", "features", "judging", "logs", "data", "synthetic", "preprocessing"}
+NO_TORCH = GROUND | {"config", "features", "jobs", "judging", "logs", "data", "synthetic", "preprocessing"}
 ENGINE = {"torch", "torchrec", "fbgemm_gpu"}
 # What predicts must not need what trains: a server starts without it.
 NO_TRAINING = {"bundle", "prediction", "serving"}

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from torchdlrm.storage import mirror
+from torchdlrm.storage.places import url_of
 
 
 @contextmanager
@@ -26,6 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
+        if url_of(path) is not None:  # in a bucket there are no folders that could be missing
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         beside.replace(path)
         mirror.push(path)
@@ -83,8 +86,7 @@ def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool =
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
         with suppress(FileNotFoundError):
             path.rename(old)
-    folder.rename(path)
-    mirror.push(path, manifest)
+    mirror.move(folder, path, manifest)
     sync(path.absolute().parent)
     if overwrite:
         shutil.rmtree(old, ignore_errors=True)

@@ -10,10 +10,10 @@ from torchdlrm.data.splits import SplitBounds
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, Vocabulary
+from torchdlrm.jobs.sections import write_sections
 from torchdlrm.preprocessing.count import ValueRange, spread_values
 from torchdlrm.preprocessing.read import ChunkFile, encode_column
 from torchdlrm.preprocessing.vocabularies import Period, assign_ids, count_values
-from torchdlrm.preprocessing.work_folder import write_sections
 
 
 def fit(kind, values, *, min_count=1, max_embeddings=None, values_at_a_time=10_000, **cut):
@@ -55,7 +55,7 @@ def read_chunks(folder, column, values, cuts=(), num_train=None, num_partitions=
     for start, end in pairwise(edges):
         sections = {}
         codes = encode_column(series[start:end], column, num_partitions, sections)
-        sections["rows"] = pl.DataFrame([codes]).to_arrow()
+        sections["rows/f"] = pl.DataFrame([codes]).to_arrow()
         train = min(end, num_train) - min(start, num_train)
         chunks.append(
             ChunkFile(folder / f"{len(chunks)}", start, end - start, (0, 0, 0), (train, end - start - train, 0))

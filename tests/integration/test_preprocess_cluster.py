@@ -10,26 +10,33 @@ from contextlib import contextmanager
 
 import pytest
 
+from helpers.buckets import bytes_of
 from helpers.raw_logs import checksums
 from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
+from torchdlrm.storage import objects
+from torchdlrm.storage.places import located
 
 OPTIONS = PreprocessOptions(min_count=2, part_rows=1000)
 WORKER = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
 
 
 @contextmanager
-def running_cluster(folder, num_workers=2):
-    """The address of a scheduler, its workers' processes and its own."""
+def running_cluster(folder, num_workers=2, *, apart=False):
+    """The address of a scheduler, its workers' processes and its own; `apart`, no worker sees another's cache."""
     environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "5"}
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
     options = {"cwd": folder, "env": environment, "stderr": subprocess.PIPE, "text": True}
     scheduler = subprocess.Popen([*command, "--host", "127.0.0.1"], **options)
     address = next(found[0] for line in scheduler.stderr if (found := re.search(r"tcp://[\d.]+:\d+", line)))
     quiet = {**options, "stderr": subprocess.DEVNULL}
-    workers = [subprocess.Popen([*WORKER, address], **quiet) for _ in range(num_workers)]
+    workers = []
+    for number in range(num_workers):
+        if apart:
+            quiet["env"] = {**os.environ, "TORCHDLRM_CACHE": str(folder / f"cache-{number}")}
+        workers.append(subprocess.Popen([*WORKER, address], **quiet))
     from distributed import Client
 
     with Client(address, set_as_default=False) as client:
@@ -92,9 +99,9 @@ def test_a_cluster_gives_the_same_bytes_although_a_worker_is_killed(cluster, log
 @pytest.mark.filterwarnings("ignore")
 def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_path, monkeypatch):
     """The futures of a client that has lost its scheduler are never done."""
-    from torchdlrm.preprocessing import executors
+    from torchdlrm.jobs import workers
 
-    monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 3)  # and how long the client tries to come back
+    monkeypatch.setattr(workers, "CONNECT_TIMEOUT_S", 3)  # and how long the client tries to come back
     with running_cluster(tmp_path, num_workers=1) as (address, _, scheduler):
 
         class Kills(SilentProgress):
@@ -116,8 +123,40 @@ def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_pa
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_that_does_not_answer_is_named(log, tmp_path, monkeypatch):
-    from torchdlrm.preprocessing import executors
+    from torchdlrm.jobs import workers
 
-    monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 1)
+    monkeypatch.setattr(workers, "CONNECT_TIMEOUT_S", 1)
     with pytest.raises(ConfigError, match="`cluster`: no Dask scheduler answers at tcp:"):
         preprocess([log], tmp_path / "no", criteo_schema(), OPTIONS, resources=Resources(cluster="tcp://127.0.0.1:1"))
+
+
+@pytest.fixture
+def apart(bucket, tmp_path):
+    """A cluster whose two workers share nothing but a bucket, and their processes."""
+    with running_cluster(tmp_path, apart=True) as (address, workers, _):
+        yield address, workers
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_workers_that_share_nothing_but_a_bucket_give_the_same_bytes(apart, bucket, log, tmp_path):
+    """One is killed when the count begins; pieces of it are in the bucket, and at the end no piece is there."""
+    address, workers = apart
+    preprocess([log], tmp_path / "here", criteo_schema(), OPTIONS)
+    seen = set()
+
+    class Kills(SilentProgress):
+        def start_phase(self, name, *_, **__):
+            seen.update(name.split("/")[2] for name in objects.listed(bucket) if "partial" in name)
+            if name == "count":
+                workers[0].send_signal(signal.SIGKILL)
+
+    resources = Resources(cluster=address)
+    out = located(f"{bucket}/out")
+    preprocess([log], out, criteo_schema(), OPTIONS, Kills(), chunk_bytes=300_000, resources=resources)
+    assert workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert seen == {"chunks", "counts", "ids", "groups", "dataset"}
+    here = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
+    expected = {f"out/{path.relative_to(tmp_path / 'here')}": path.read_bytes() for path in here}
+    assert bytes_of(bucket) == expected, "and nothing else is in the bucket"
+    assert [path for path in (tmp_path / "cache-1").rglob("*") if path.is_file()] == [], "the worker keeps nothing"

@@ -26,8 +26,11 @@ from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.transforms import DenseTransform, Moments
 from torchdlrm.features.vocabulary import UNKNOWN_ID, rank_counts, typed_values
+from torchdlrm.jobs.sections import Sections, write_sections
+from torchdlrm.jobs.work_folder import Result
 from torchdlrm.preprocessing.read import ChunkFile, partitions_of, stored_categories
-from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.reading import read_each
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,13 @@ class ValueRange:
         """A name for files and tasks."""
         return f"{self.column.name}-{self.index:03d}"
 
-    def bounds(self, sections: Sections) -> tuple[int, int]:
-        """Where the values of this range stand among the values of a chunk."""
+    def of_chunk(self, sections: Sections) -> tuple[pa.Table, slice]:
+        """All values of a chunk, and where among them those of this range stand."""
+        table = sections.table(f"values/{self.column.name}")
         if f"bounds/{self.column.name}" not in sections:
-            return 0, sections.table(f"values/{self.column.name}").num_rows
+            return table, slice(0, table.num_rows)
         starts = sections.table(f"bounds/{self.column.name}")["start"]
-        return starts[self.start].as_py(), starts[self.end].as_py()
+        return table, slice(starts[self.start].as_py(), starts[self.end].as_py())
 
 
 def training_counts(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> pl.DataFrame:
@@ -66,16 +70,17 @@ def training_counts(values: ValueRange, chunks: Sequence[ChunkFile], split: RowS
 
 def training_values(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> Iterator[pl.DataFrame]:
     """For each chunk value and count (Int64, of its training rows) of the values of a range."""
-    for chunk in chunks:
-        if not chunk.rows_of_split[0]:
-            continue
-        with Sections(chunk.path) as sections:
-            start, end = values.bounds(sections)
-            frame = pl.DataFrame(sections.table(f"values/{values.column.name}").slice(start, end - start))
-            if chunk.rows_of_split[0] < chunk.num_rows:
-                counts = _counts_of_chunk(values.column, chunk, split, sections)
-                frame = frame.with_columns(pl.Series("count", counts[start:end]))
-            yield frame.with_columns(pl.col("count").cast(pl.Int64))
+
+    def read(chunk: ChunkFile) -> pl.DataFrame:
+        sections = Sections(chunk.path)
+        table, here = values.of_chunk(sections)
+        frame = pl.DataFrame(table[here])
+        if chunk.rows_of_split[0] < chunk.num_rows:
+            counts = _counts_of_chunk(values.column, chunk, split, sections, table.num_rows)
+            frame = frame.with_columns(pl.Series("count", counts[here]))
+        return frame.with_columns(pl.col("count").cast(pl.Int64))
+
+    return read_each([chunk for chunk in chunks if chunk.rows_of_split[0]], read)
 
 
 def summed(frame: pl.DataFrame) -> pl.LazyFrame:
@@ -84,16 +89,15 @@ def summed(frame: pl.DataFrame) -> pl.LazyFrame:
 
 
 def _counts_of_chunk(
-    column: SparseColumn, chunk: ChunkFile, split: RowSplit, sections: Sections
+    column: SparseColumn, chunk: ChunkFile, split: RowSplit, sections: Sections, num_values: int
 ) -> npt.NDArray[np.int64]:
     """How many training rows (values, where there are several in a row) of a chunk have each value: int64 [D]."""
-    rows = sections.table("rows")
-    is_train = chunk.split_of_rows(split, rows) == 0
-    codes = rows[column.name].to_numpy()
+    is_train = chunk.split_of_rows(split, sections) == 0
+    codes = sections.table(f"rows/{column.name}")[column.name].to_numpy()
     if column.is_multi_valued:
         is_train = np.repeat(is_train, codes)
         codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
-    return np.bincount(codes[is_train], minlength=sections.table(f"values/{column.name}").num_rows)
+    return np.bincount(codes[is_train], minlength=num_values)
 
 
 def in_order(tables: Sequence[pl.DataFrame], values_at_a_time: int) -> Iterator[list[slice]]:
@@ -150,12 +154,15 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
     """Task: the ids of a range's values in all chunks: `ids` int32, and where each chunk starts among them: `start`."""
     frames = [pl.DataFrame(schema={"value": values.column.vocabulary_dtype})]
     starts = [0]
-    for chunk in chunks:
-        with Sections(chunk.path) as sections:
-            start, end = values.bounds(sections)
-            found = sections.table(f"values/{values.column.name}").slice(start, end - start)
-            frames.append(stored_categories(pl.Series("value", found["value"]), values.column).to_frame())
-            starts.append(starts[-1] + end - start)
+
+    def read(chunk: ChunkFile) -> pl.Series:
+        sections = Sections(chunk.path)
+        table, here = values.of_chunk(sections)
+        return stored_categories(pl.Series("value", table[here]["value"]), values.column)
+
+    for found in read_each(chunks, read):
+        frames.append(found.to_frame())
+        starts.append(starts[-1] + len(found))
     table = pl.DataFrame(read_section(ids, "ids").select(["value", "id"]))
     looked_up = (
         pl.concat(frames)
@@ -164,7 +171,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
         .select(pl.col("id").fill_null(UNKNOWN_ID))
         .collect()
     )
-    write_sections(target, {"ids": looked_up.to_arrow(), "start": pl.DataFrame({"start": starts}).to_arrow()})
+    write_sections(target, {"ids": looked_up["id"].to_numpy(), "start": np.array(starts, np.int64)})
     return {"values": starts[-1]}
 
 
@@ -192,7 +199,7 @@ def spread_values(
 
 def _read_values(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]:
     """The rows of a file of values, a row group at a time; of an empty one, none."""
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = pq.ParquetFile(fetch(path), page_checksum_verification=True)
     for group in range(file.num_row_groups):
         yield typed_values(pl.DataFrame(file.read_row_group(group)), column.vocabulary_kind)
     if not file.num_row_groups:
@@ -204,17 +211,17 @@ def sum_moments(chunk: ChunkFile, split: RowSplit, transforms: Mapping[str, type
     names = list(transforms)
     found = {name: Moments() for name in names}
     if chunk.rows_of_split[0]:
-        with Sections(chunk.path) as sections:
-            rows = sections.table("rows")
-            frame = pl.DataFrame(rows.select(list(names))).filter(pl.Series(chunk.split_of_rows(split, rows) == 0))
-            for name, transform in transforms.items():
-                if transform.needs_moments:
-                    found[name].add(frame[name])
-                elif frame[name].null_count():
-                    found[name].num_missing += frame[name].null_count()
-                else:
-                    fitted = transform.fit(None)
-                    found[name].add(frame.select(fitted.expression(name)).to_series(), has_squares=False)
+        sections = Sections(chunk.path)
+        rows = sections.table("rows")
+        frame = pl.DataFrame(rows.select(list(names))).filter(pl.Series(chunk.split_of_rows(split, sections) == 0))
+        for name, transform in transforms.items():
+            if transform.needs_moments:
+                found[name].add(frame[name])
+            elif frame[name].null_count():
+                found[name].num_missing += frame[name].null_count()
+            else:
+                fitted = transform.fit(None)
+                found[name].add(frame.select(fitted.expression(name)).to_series(), has_squares=False)
     return {
         name: [moments.count, str(moments.total), str(moments.total_of_squares), moments.num_missing]
         for name, moments in found.items()
@@ -232,5 +239,4 @@ def add_moments(total: dict[str, Moments], result: dict[str, Any]) -> None:
 
 def read_section(path: Path, name: str) -> pa.Table:
     """The table of that name in a file of sections, in mapped memory."""
-    with Sections(path) as sections:
-        return sections.table(name)
+    return Sections(path).table(name)

@@ -1,7 +1,7 @@
 """Runs tasks that encode groups of chunks and distribute their rows over the parts, and that write each part.
 
-A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
-(int64, of training rows in the log), labels, the weight if there is one, the dense columns as float32 and the sparse
+A group's file has a table for each part that has rows in it, called by its number.  Its columns are `@position` (int64,
+of training rows in the log), labels, the weight if there is one, the dense columns as float32 and the sparse
 ones as ids of the smallest type that holds the feature's, or lists of these, and of float32 where values have weights.
 """
 
@@ -21,10 +21,11 @@ from torchdlrm.features.encode import encode_dense
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
-from torchdlrm.files import replacing
+from torchdlrm.jobs.sections import Sections, as_table, write_sections
+from torchdlrm.jobs.work_folder import Result
 from torchdlrm.preprocessing.read import ChunkFile, smallest_type, stored_categories
 from torchdlrm.preprocessing.tally import Tally, dense_bins
-from torchdlrm.preprocessing.work_folder import Result, Sections
+from torchdlrm.storage.reading import parts_of, read_each
 
 POSITION = "@position"
 
@@ -92,8 +93,8 @@ def encode_group(encoding: Encoding, chunks: Sequence[tuple[int, ChunkFile]], ta
     for number, chunk in chunks:
         if not chunk.num_rows:
             continue
-        with Sections(chunk.path) as sections:
-            frame, codes = _encode_chunk(encoding, number, chunk, sections, tallies)
+        sections = Sections(chunk.path, whole=True)
+        frame, codes = _encode_chunk(encoding, number, chunk, sections, tallies)
         parts.append(encoding.parts.part_of_rows(chunk.first_row, chunk.first_of_split, codes))
         for column in frame:
             columns.setdefault(column.name, []).append(column)
@@ -105,7 +106,7 @@ def encode_group(encoding: Encoding, chunks: Sequence[tuple[int, ChunkFile]], ta
     bounds = np.cumsum(np.bincount(part_of_rows, minlength=num_parts))
     # Column by column, dropping what was gathered: never all rows twice.
     gathered = {name: _gather(columns.pop(name), order) for name in list(columns)}
-    found = write_batches(gathered, bounds, target)
+    found = write_parts(gathered, bounds, target)
     return {"parts": found, "tallies": [tally.to_json() for tally in tallies]}
 
 
@@ -115,20 +116,14 @@ def _gather(pieces: list[pl.Series], order: npt.NDArray[np.int64]) -> pa.Array:
     return column.gather(order).rechunk().to_arrow()
 
 
-def write_batches(columns: Mapping[str, pa.Array], bounds: npt.NDArray[np.int64], target: Path) -> list[int]:
-    """Write the rows of each part, which stand one after the other, as a batch; returns the parts that have rows."""
-    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
-    found = []
-    with (
-        replacing(target) as temporary,
-        pa.OSFile(str(temporary), "wb") as file,
-        pa.ipc.new_file(file, batch.schema) as writer,
-    ):
-        for part, (start, end) in enumerate(zip([0, *bounds[:-1].tolist()], bounds.tolist(), strict=True)):
-            if end > start:
-                writer.write_batch(batch.slice(start, end - start))
-                found.append(part)
-    return found
+def write_parts(
+    columns: Mapping[str, pa.Array], bounds: npt.NDArray[np.int64], target: Path
+) -> list[tuple[int, tuple[int, int]]]:
+    """Write the rows of each part, which stand one after the other; each part that has rows, and its place."""
+    table = pa.table(dict(columns))
+    edges = enumerate(zip([0, *bounds[:-1].tolist()], bounds.tolist(), strict=True))
+    places = write_sections(target, {str(part): table[start:end] for part, (start, end) in edges if end > start})
+    return [(int(part), place) for part, place in places.items()]
 
 
 def _encode_chunk(
@@ -138,7 +133,7 @@ def _encode_chunk(
     schema = encoding.schema
     rows = sections.table("rows")
     frame = pl.DataFrame(rows)
-    codes = chunk.split_of_rows(encoding.split, rows)
+    codes = chunk.split_of_rows(encoding.split, sections)
     rows_of_split = {
         split: codes == split if num_rows < chunk.num_rows else slice(None)
         for split, num_rows in enumerate(chunk.rows_of_split)
@@ -155,28 +150,36 @@ def _encode_chunk(
         missing = frame[column.name].is_null().to_numpy()
         for split, here in rows_of_split.items():
             tallies[split].add_dense(column.name, bins[here], int(missing[here].sum()))
+    looked_up = _looked_up(encoding, number)
     for about in schema.sparse:
-        ids = _ids_of_values(encoding, about, number, sections)
-        columns += _encode_sparse(encoding, about, frame[about.name], ids, sections)
+        ids = np.concatenate(looked_up[about.name]) if about.has_vocabulary else _hashed(about, sections)
+        values = pl.Series(sections.table(f"rows/{about.name}")[about.name])
+        columns += _encode_sparse(encoding, about, values, ids, sections)
         for split, here in rows_of_split.items():
-            _tally_sparse(tallies[split], about, frame[about.name].to_numpy(), ids, sections, here)
+            _tally_sparse(tallies[split], about, values.to_numpy(), ids, sections, here)
     return pl.DataFrame(columns), codes
 
 
-def _ids_of_values(encoding: Encoding, column: SparseColumn, number: int, sections: Sections) -> npt.NDArray[np.int32]:
-    """The id of each distinct value of the chunk: int32 [D]."""
-    if not column.has_vocabulary:
-        values = pl.Series(sections.table(f"values/{column.name}")["value"])
-        if column.hash is None:
-            return values.to_numpy().astype(np.int32)
-        return hashed_ids(stored_categories(values, column), column.hash)
-    pieces = []
-    for path in encoding.ids[column.name]:
-        with Sections(path) as file:
-            starts = file.table("start")["start"]
-            start, end = starts[number].as_py(), starts[number + 1].as_py()
-            pieces.append(file.table("ids").slice(start, end - start)["id"].to_numpy())
-    return np.concatenate(pieces)
+def _looked_up(encoding: Encoding, number: int) -> dict[str, list[npt.NDArray[np.int32]]]:
+    """For each feature with a vocabulary the ids of the distinct values of a chunk, range after range."""
+
+    def read(file: tuple[str, Path]) -> npt.NDArray[np.int32]:
+        sections = Sections(file[1])
+        return sections.numbers("ids", np.int32, *sections.numbers("start", np.int64, number, number + 2).tolist())
+
+    found: dict[str, list[npt.NDArray[np.int32]]] = {}
+    files = [(name, path) for name, paths in encoding.ids.items() for path in paths]
+    for (name, _), ids in zip(files, read_each(files, read), strict=True):
+        found.setdefault(name, []).append(ids)
+    return found
+
+
+def _hashed(column: SparseColumn, sections: Sections) -> npt.NDArray[np.int32]:
+    """The id of each distinct value of the chunk, of a feature without a vocabulary: int32 [D]."""
+    values = pl.Series(sections.table(f"values/{column.name}")["value"])
+    if column.hash is None:
+        return values.to_numpy().astype(np.int32)
+    return hashed_ids(stored_categories(values, column), column.hash)
 
 
 def _encode_sparse(
@@ -221,7 +224,7 @@ def _tally_sparse(
 
 
 def write_rows(
-    groups: Sequence[tuple[Path, int]],
+    groups: Sequence[tuple[Path, tuple[int, int]]],
     shuffle_seed: int | None,
     schema: FeatureSchema,
     num_embeddings: Mapping[str, int],
@@ -231,25 +234,27 @@ def write_rows(
     """Task: gather the rows of a part and write them as `folder/name`.
 
     Args:
-        groups: the files of groups in the order of the log, and in each the number of the batch that holds the part.
+        groups: the files of groups in the order of the log, and in each the place of the part.
         shuffle_seed: the seed of their order; None keeps that of the log.
         schema: the columns.
         num_embeddings: rows of each feature's table.
         folder: the dataset.
         name: the file in it.
     """
-    batches = []
-    for path, number in groups:
-        with pa.memory_map(str(path), "r") as file:
-            batches.append(pa.ipc.open_file(file).get_batch(number))
+
+    def read(group: tuple[Path, tuple[int, int]]) -> pa.Table:
+        path, (start, length) = group
+        return as_table(parts_of(path)(start, start + length))
+
+    rows = list(read_each(groups, read))
     order: pl.Series | None = None
     if shuffle_seed is not None:
-        positions = np.concatenate([batch.column(POSITION).to_numpy() for batch in batches])
+        positions = np.concatenate([table[POSITION].to_numpy() for table in rows])
         order = pl.Series(order_in_bucket(positions, shuffle_seed))
     columns = []
     sparse_names = {column.name for column in schema.sparse}
     for column in (*schema.stored_targets, *schema.encoded_names):
-        values = pl.Series(column, pa.chunked_array([batch.column(column) for batch in batches]))
+        values = pl.Series(column, pa.chunked_array([chunk for table in rows for chunk in table[column].chunks]))
         values = values.rechunk() if order is None else values.rechunk().gather(order)
         if column in sparse_names:
             values = values.cast(pl.List(pl.Int32) if values.dtype == pl.List else pl.Int32)

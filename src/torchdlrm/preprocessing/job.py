@@ -30,20 +30,21 @@ from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
 from torchdlrm.files import sha256_of
+from torchdlrm.jobs.work_folder import Result, WorkFolder
+from torchdlrm.jobs.workers import Task, Workers
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import Chunk, extra_columns
 from torchdlrm.preprocessing.count import add_moments, sum_moments
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
-from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.preprocessing.place import place_chunks
 from torchdlrm.preprocessing.read import ChunkFile, read_chunk, unpack
-from torchdlrm.preprocessing.sizing import bytes_a_row, part_memory_bytes
+from torchdlrm.preprocessing.sizing import JobSizing, bytes_a_row, part_memory_bytes
 from torchdlrm.preprocessing.tally import Tally
 from torchdlrm.preprocessing.vocabularies import Period
 from torchdlrm.preprocessing.vocabulary_phase import VocabularyPhase
-from torchdlrm.preprocessing.work_folder import Result, WorkFolder
 from torchdlrm.progress import ProgressListener
+from torchdlrm.storage.mirror import remove_files
 
 # A piece of a part that is smaller than this costs more to find than to read.
 _MIN_ROWS_A_PIECE = 4096
@@ -59,6 +60,7 @@ class Job:
     schema: FeatureSchema
     options: PreprocessOptions
     work: WorkFolder
+    sizing: JobSizing
     workers: Workers
     memory_bytes: int
     progress: ProgressListener
@@ -70,7 +72,7 @@ class Job:
     @property
     def dataset_folder(self) -> Path:
         """The folder in which the dataset grows."""
-        return self.work.path / "dataset"
+        return self.work.pieces / "dataset"
 
     def run(self) -> Manifest:
         """All phases.
@@ -80,7 +82,7 @@ class Job:
         """
         folders = ("vocabulary", *(() if self.period is None else ("reset", "candidates")), *SPLIT_NAMES)
         for name in folders:
-            (self.dataset_folder / name).mkdir(exist_ok=True)
+            (self.dataset_folder / name).mkdir(parents=True, exist_ok=True)
         rows_of_files, read = self._read()
         split, chunks = place_chunks(
             self.files, rows_of_files, [(path, result["rows"]) for path, result in read], self.schema, self.options.seed
@@ -155,9 +157,9 @@ class Job:
         tasks = []
         for number in numbers:
             file = self.files[number]
-            arguments: tuple[Any, ...] = (file, self.layouts[number], self.work.sizing.chunk_bytes)
+            arguments: tuple[Any, ...] = (file, self.layouts[number], self.sizing.chunk_bytes)
             if file.packing is not None:
-                tasks.append(Task(f"unpack-{number}", unpack, (*arguments, self.work.path / "text", f"{number:05d}")))
+                tasks.append(Task(f"unpack-{number}", unpack, (*arguments, self.work.pieces / "text", f"{number:05d}")))
             else:
                 tasks.append(Task(f"plan-{number}", plan_file, arguments))
         plans = []
@@ -169,13 +171,13 @@ class Job:
 
     def _read_file(self, number: int, chunks: Sequence[Chunk]) -> list[tuple[Path, Result]]:
         file = self.files[number]
-        texts = [self.work.path / "text" / f"{number:05d}-{i:05d}" for i in range(len(chunks))]
-        targets = [self.work.path / "chunks" / f"{number:05d}-{i:05d}" for i in range(len(chunks))]
+        texts = [self.work.pieces / "text" / f"{number:05d}-{i:05d}" for i in range(len(chunks))]
+        targets = [self.work.pieces / "chunks" / f"{number:05d}-{i:05d}" for i in range(len(chunks))]
 
         def tasks() -> Iterator[Task]:
             for i, chunk in enumerate(chunks):
                 text = None if file.packing is None else texts[i]
-                num_partitions = self.work.sizing.num_partitions
+                num_partitions = self.sizing.num_partitions
                 arguments = (file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
                 yield Task(f"read-{number}-{i}", read_chunk, arguments)
 
@@ -188,7 +190,8 @@ class Job:
             self.bad_rows.check(self.options.max_bad_rows)
             num_lines += result["lines"]
             results.append((targets[i], result))
-            texts[i].unlink(missing_ok=True)
+            if file.packing is not None:
+                remove_files([texts[i]])
             now = file.size_bytes * chunks[i].end // total
             self.progress.advance(now - done_bytes)
             done_bytes = now
@@ -224,30 +227,29 @@ class Job:
 
     def _encode(
         self, encoding: Encoding, chunks: Sequence[ChunkFile]
-    ) -> tuple[list[Tally], dict[int, list[tuple[Path, int]]]]:
-        """What was counted in each split, and for each part the groups' files with the number of its batch."""
+    ) -> tuple[list[Tally], dict[int, list[tuple[Path, tuple[int, int]]]]]:
+        """What was counted in each split, and for each part the groups' files with its place in each."""
         self.progress.start_phase("encode", sum(chunk.num_rows for chunk in chunks))
         groups = self._groups(encoding, chunks)
-        targets = [self.work.path / "groups" / f"{i:05d}" for i in range(len(groups))]
+        targets = [self.work.pieces / "groups" / f"{i:05d}" for i in range(len(groups))]
         tasks = (
             Task(f"encode-{i}", encode_group, (encoding, [(n, chunks[n]) for n in group], targets[i]))
             for i, group in enumerate(groups)
         )
         tallies = [Tally() for _ in SPLIT_NAMES]
-        groups_of_parts: dict[int, list[tuple[Path, int]]] = {}
+        groups_of_parts: dict[int, list[tuple[Path, tuple[int, int]]]] = {}
         for i, result in enumerate(self.workers.run(tasks, self.work)):
             for total, more in zip(tallies, result["tallies"], strict=True):
                 total.add(Tally.from_json(more))
-            for batch, part in enumerate(result["parts"]):
-                groups_of_parts.setdefault(part, []).append((targets[i], batch))
-            for number in groups[i]:
-                chunks[number].path.unlink(missing_ok=True)
+            for part, place in result["parts"]:
+                groups_of_parts.setdefault(part, []).append((targets[i], place))
+            remove_files([chunks[number].path for number in groups[i]])
             self.progress.advance(sum(chunks[number].num_rows for number in groups[i]))
         return tallies, groups_of_parts
 
     def _groups(self, encoding: Encoding, chunks: Sequence[ChunkFile]) -> list[list[int]]:
         """Numbers of chunks that are encoded together: few groups make large pieces of parts, memory sets a limit."""
-        sizing = self.work.sizing
+        sizing = self.sizing
         fitting = sizing.group_bytes // bytes_a_row(self.schema)
         wanted = max(_MIN_ROWS_A_PIECE * sum(encoding.parts.num_parts), 1)
         groups: list[list[int]] = []
@@ -261,7 +263,7 @@ class Job:
         return groups
 
     def _write(
-        self, encoding: Encoding, groups_of_parts: dict[int, list[tuple[Path, int]]]
+        self, encoding: Encoding, groups_of_parts: dict[int, list[tuple[Path, tuple[int, int]]]]
     ) -> list[tuple[FileRecord, ...]]:
         """Write all parts; returns the files of each split."""
         parts = encoding.parts

@@ -107,7 +107,7 @@ class Resources:
     Attributes:
         memory_bytes: Memory that the job may use, all in all, as in 500MB; on a cluster, that of each worker process.
         workers: Tasks at a time; by default one a core.
-        cluster: Address of a Dask scheduler whose workers do the work; they must see the same files.
+        cluster: Address of a Dask scheduler whose workers do the work; they see the same files, or the same bucket.
     """
 
     memory_bytes: Annotated[

@@ -19,9 +19,9 @@ from torchdlrm.data.splits import (
     order_split,
 )
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.jobs.sections import Sections
 from torchdlrm.logs.files import LogFile
 from torchdlrm.preprocessing.read import TIME, ChunkFile
-from torchdlrm.preprocessing.work_folder import Sections
 
 Times = Callable[[], Iterator[npt.NDArray[np.int64]]]
 
@@ -97,5 +97,5 @@ def smallest(numbers: Times, rank: int) -> int:
 
 
 def _read_times(path: Path) -> npt.NDArray[np.int64]:
-    with Sections(path) as sections:
-        return sections.table("rows")[TIME].to_numpy()
+    sections = Sections(path)
+    return sections.table("time")[TIME].to_numpy()

@@ -6,9 +6,8 @@ is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` 
 
 import errno
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,23 @@ from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import publish_folder, sha256_of
+from torchdlrm.jobs.work_folder import WorkFolder, holds_job, pieces_of, remove_work
+from torchdlrm.jobs.workers import start_workers
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.find import find_files
-from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
-from torchdlrm.preprocessing.sizing import check_disk, choose_sizing, tasks_that_fit
+from torchdlrm.preprocessing.sizing import JobSizing, check_disk, choose_sizing, tasks_that_fit
 from torchdlrm.preprocessing.vocabularies import Period
-from torchdlrm.preprocessing.work_folder import WORK_VERSION, WorkFolder, holds_job
 from torchdlrm.progress import ProgressListener, watched
 
 __all__ = ["PART_ROWS", "PreprocessOptions", "Resources", "preprocess", "work_folder"]
 
 # What is read within a minute is not kept when the log turns out to be wrong: a corrected schema starts again at once.
 _KEPT_LOG_BYTES = 1 << 30
+# Of what tasks leave for later ones: a job that was begun by tasks of another version is not resumed.
+WORK_VERSION = 3
+FOLDERS = ("text", "chunks", "counts", "ids", "groups", "dataset")
 
 
 def preprocess(
@@ -81,27 +83,31 @@ def preprocess(
     settings = _settings(files, schema, options, known, period)
     partial = work_folder(out).absolute()
     if out.exists():
-        if holds_job(partial, settings) and not (partial / "dataset").exists():
-            shutil.rmtree(partial, ignore_errors=True)  # the job was done, and killed while it tidied up
+        if holds_job(partial, settings) and not (pieces_of(partial) / "dataset").exists():
+            remove_work(partial)  # the job was done, and killed while it tidied up
             return Dataset.open(out)
         if (done := _found(out, files, schema, options, settings, overwrite=overwrite)) is not None:
             return done
     try:
-        with watched(progress) as listener, start_workers(resources) as workers:
+        with watched(progress) as listener, start_workers(resources.num_workers, resources.cluster) as workers:
             known_rows = 0 if known is None or not options.extend_vocabulary else _longest_vocabulary(known)
             sizing = choose_sizing(files, schema, options, resources.memory_bytes, workers.tasks_in_memory, known_rows)
             if chunk_bytes is not None:
                 sizing = replace(sizing, chunk_bytes=chunk_bytes)
-            work = WorkFolder.open(partial, settings, sizing, restart=restart)
+            shared = workers.cluster is not None
+            work = WorkFolder.open(partial, settings, asdict(sizing), FOLDERS, is_shared=shared, restart=restart)
+            sizing = JobSizing(**work.layout)
             try:
-                check_disk(files, partial, work.size_bytes)
-                fitting = tasks_that_fit(work.sizing, resources.memory_bytes)
+                workers.require_to_see([work.pieces, *(file.path for file in files), *([known.path] if known else [])])
+                if work.pieces == partial:
+                    check_disk(files, partial, work.size_bytes)
+                fitting = tasks_that_fit(sizing, resources.memory_bytes)
                 if fitting < workers.tasks_in_memory:
                     workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
                 memory_bytes = resources.memory_bytes
-                job = Job(files, layouts, schema, options, work, workers, memory_bytes, listener, known, period)
+                job = Job(files, layouts, schema, options, work, sizing, workers, memory_bytes, listener, known, period)
                 manifest = job.run()
-                _finish(manifest, partial / "dataset", out, overwrite=overwrite)
+                _finish(manifest, job.dataset_folder, out, overwrite=overwrite)
             except LogError:
                 if work.is_fresh or sum(file.size_bytes for file in files) < _KEPT_LOG_BYTES:
                     work.remove()
@@ -192,15 +198,9 @@ def _settings(
         "work_folder": WORK_VERSION,
         "log": [[str(file.path), file.size_bytes, file.modified_ns] for file in files],
         "schema": schema.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "min_count": options.min_count,
-        "max_embeddings": options.max_embeddings,
-        "seed": options.seed,
-        "part_rows": options.part_rows,
+        **{name: value for name, value in vars(options).items() if name != "max_bad_rows"},
         "vocabulary": None if known is None else sha256_of(known.path / MANIFEST_NAME),
-        "extend_vocabulary": options.extend_vocabulary,
         "period": None if period is None else period.number,
-        "expire_after": options.expire_after,
-        "admit_over": options.admit_over,
     }
 
 

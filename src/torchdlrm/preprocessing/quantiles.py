@@ -16,10 +16,12 @@ import polars as pl
 
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
+from torchdlrm.jobs.sections import write_sections
+from torchdlrm.jobs.work_folder import Result, WorkFolder
+from torchdlrm.jobs.workers import Task, Workers
 from torchdlrm.preprocessing.count import ValueRange, read_section, summed, training_values
-from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.read import ChunkFile
-from torchdlrm.preprocessing.work_folder import Result, WorkFolder, write_sections
+from torchdlrm.storage.mirror import fetch
 
 
 def fit_boundaries(
@@ -31,7 +33,7 @@ def fit_boundaries(
 ) -> dict[str, list[float]]:
     """The boundaries of each feature, whose values are in these ranges."""
     numbers = {
-        name: [work.path / "counts" / f"{values.name}-numbers" for values in found] for name, found in ranges.items()
+        name: [work.pieces / "counts" / f"{values.name}-numbers" for values in found] for name, found in ranges.items()
     }
     tasks = [
         Task(f"sort-{values.name}", sort_values, (values, chunks, split, target))
@@ -69,7 +71,7 @@ def fit_quantiles(column: SparseColumn, numbers: Sequence[Path]) -> Result:
     """
     assert column.buckets is not None, "the caller saw to it"
     assert column.buckets.quantiles is not None, "the caller saw to it"
-    tables = [table for path in numbers if (table := read_section(path, "numbers")).num_rows]
+    tables = [table for path in numbers if (table := read_section(fetch(path), "numbers")).num_rows]
     if not tables:
         return {"boundaries": []}
     quantiles, num_rows = column.buckets.quantiles, sum(table["rows"][-1].as_py() for table in tables)

@@ -2,9 +2,9 @@
 
 The chunk's file holds the tables
 
-    rows         labels int8; weight float32, if there is one; dense columns as read, in the smallest type; `@time`
-                 int64; for each sparse column the codes of its values, or for a multi-valued one how many values each
-                 row has
+    rows         labels int8; weight float32, if there is one; dense columns as read, in the smallest type
+    time         `@time` int64, where the log has times
+    rows/f       the codes of the values of a sparse column, or for a multi-valued one how many values each row has
     codes/f      the codes of a multi-valued column, one row after the other, and their weights where there are some
     values/f     the D distinct values of column f: value, count (of all rows of the chunk), by partition; the buckets
                  of numbers, but the numbers themselves where the training rows will say what the buckets are
@@ -20,15 +20,17 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchdlrm.data.splits import RowSplit, SplitCodes
+from torchdlrm.data.splits import RowSplit, SplitCodes, TimeSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
+from torchdlrm.jobs.sections import Sections, write_sections
+from torchdlrm.jobs.work_folder import Result
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import Chunk, ParsedChunk
 from torchdlrm.logs.lines import LineFormat, read_chunks
-from torchdlrm.preprocessing.work_folder import Result, write_sections
+from torchdlrm.storage.reading import parts_of
 
 TIME = "@time"
 
@@ -75,11 +77,11 @@ def read_chunk(
     columns = [rows[name] for name in schema.stored_targets]
     columns += [_shrunk(rows[column.name]) for column in schema.dense]
     if schema.time is not None:
-        columns.append(rows[schema.time.name].alias(TIME))
+        sections["time"] = rows[schema.time.name].alias(TIME).to_frame().to_arrow()
     num_values, value_bytes, largest_ids = {}, {}, {}
     for column in schema.sparse:
         codes = encode_column(rows[column.raw_name], column, num_partitions, sections)
-        columns.append(codes)
+        sections[f"rows/{column.name}"] = codes.to_frame().to_arrow()
         values = sections[f"values/{column.name}"]
         num_values[column.name] = values.num_rows
         value_bytes[column.name] = values.nbytes
@@ -103,7 +105,7 @@ def _parse(file: LogFile, chunk: Chunk, text: Path | None, layout: FeatureSchema
         parsed = file.format.read(file, chunk, layout)
     else:
         assert isinstance(file.format, LineFormat), "others are not packed"
-        with pa.CompressedInputStream(pa.OSFile(str(text), "rb"), "lz4") as packed:
+        with pa.CompressedInputStream(pa.BufferReader(parts_of(text, whole=True)(0, None)), "lz4") as packed:
             parsed = file.format.parse(packed.read(), layout)
     file.check_unchanged()
     return parsed
@@ -187,7 +189,7 @@ class ChunkFile:
     first_of_split: tuple[int, int, int]
     rows_of_split: tuple[int, int, int]
 
-    def split_of_rows(self, split: RowSplit, rows: pa.Table) -> SplitCodes:
-        """The split of each of the B rows of the chunk, whose table `rows` is: uint8 [B]."""
-        times = rows[TIME].to_numpy() if TIME in rows.column_names else None
+    def split_of_rows(self, split: RowSplit, sections: Sections) -> SplitCodes:
+        """The split of each of the B rows of the chunk, of whose file these are: uint8 [B]."""
+        times = sections.table("time")[TIME].to_numpy() if isinstance(split, TimeSplit) else None
         return split.split_of_rows(self.first_row, self.num_rows, times)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from torchdlrm.data.dataset import file_record
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.vocabulary import (
@@ -33,9 +34,11 @@ from torchdlrm.features.vocabulary import (
     write_rows,
 )
 from torchdlrm.files import replacing_durably
+from torchdlrm.jobs.sections import write_sections
+from torchdlrm.jobs.work_folder import Result
 from torchdlrm.preprocessing.count import ValueRange, by_value, in_order, ranked, read_section, training_counts
 from torchdlrm.preprocessing.read import ChunkFile
-from torchdlrm.preprocessing.work_folder import Result, write_sections
+from torchdlrm.storage.mirror import fetch
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def assign_ids(
         dataset: its folder, with the folders vocabulary, reset and candidates; the files of the last two are written
             where they have rows.
     """
+    for path in counted:
+        fetch(path)
     stays, num_new = _choose(counted, period, max_ids)
     used = [_column(path, "kept", "id")[mask] for path, mask in zip(counted, stays, strict=True)]
     new_ids = _smallest_free(used, num_new)
@@ -194,15 +199,19 @@ def assign_ids(
             schema = pa.schema([pa.field("id", pa.int32(), nullable=False)])
             write_rows(temporary, pa.table({"id": reset}, schema=schema))
     num_kept = sum(map(len, used))
+    written = {"vocabulary": num_kept + num_new, "reset": len(reset)}
+    if period is not None:
+        written["candidates"] = _write_candidates(column, targets, values_at_a_time, dataset / "candidates" / name)
     return {
         "num_embeddings": max(known_rows, num_ids + 1),
         "num_values": num_kept + num_new,
         "admitted": num_new,
         "expired": num_known - num_kept,
-        "reset": len(reset),
-        "candidates": 0
-        if period is None
-        else _write_candidates(column, targets, values_at_a_time, dataset / "candidates" / name),
+        "records": {
+            what: file_record(dataset, f"{what}/{name}", count).model_dump()
+            for what, count in written.items()
+            if count or what == "vocabulary"
+        },
     }
 
 

@@ -4,6 +4,7 @@ In: the chunks of a log.  Out: the records of sparse features, and files of ids.
 and `vocabularies`.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,20 +16,20 @@ from torchdlrm.data.dataset import (
     FileRecord,
     SparseRecord,
     TurnoverRecord,
-    file_record,
 )
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, VALUE_COLUMNS
-from torchdlrm.files import sha256_of
+from torchdlrm.files import replacing, sha256_of
+from torchdlrm.jobs.work_folder import Result
+from torchdlrm.jobs.workers import Task
 from torchdlrm.preprocessing.count import ValueRange, look_up_values, spread_values
-from torchdlrm.preprocessing.executors import Task
 from torchdlrm.preprocessing.quantiles import fit_boundaries
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.sizing import BYTES_A_VALUE
 from torchdlrm.preprocessing.vocabularies import assign_ids, count_values
-from torchdlrm.preprocessing.work_folder import Result
+from torchdlrm.storage.mirror import fetch
 
 if TYPE_CHECKING:
     from torchdlrm.preprocessing.job import Job
@@ -80,14 +81,14 @@ class VocabularyPhase:
             Task(
                 f"look-up-{values.name}",
                 look_up_values,
-                (values, chunks, self._table(values), self.job.work.path / "ids" / values.name),
+                (values, chunks, self._table(values), self.job.work.pieces / "ids" / values.name),
             )
             for column in counted
             for values in ranges[column.name]
         ]
         for result in self.job.workers.run(tasks, self.job.work):
             self.job.progress.advance(result["values"])
-        ids = {name: [self.job.work.path / "ids" / values.name for values in found] for name, found in ranges.items()}
+        ids = {name: [self.job.work.pieces / "ids" / values.name for values in found] for name, found in ranges.items()}
         return {column.name: self._sparse_record(column, read) for column in self.job.schema.sparse}, ids
 
     def _ranges(self, column: SparseColumn, read: Sequence[Result]) -> list[ValueRange]:
@@ -101,15 +102,15 @@ class VocabularyPhase:
         weight = values + 3 * max(0, value_bytes - 12 * values) // BYTES_A_VALUE
         if self.job.period is not None:
             weight *= _WEIGHT_WITH_PERIODS
-        partitions = self.job.work.sizing.num_partitions
-        count = min(partitions, max(1, -(-weight // self.job.work.sizing.values_per_task)))
+        partitions = self.job.sizing.num_partitions
+        count = min(partitions, max(1, -(-weight // self.job.sizing.values_per_task)))
         edges = [i * partitions // count for i in range(count + 1)]
         return [ValueRange(column, i, edges[i], edges[i + 1]) for i in range(count)]
 
     def _counted_ranges(self, ranges: list[ValueRange]) -> list[ValueRange]:
         """The ranges whose values are counted by themselves; equal buckets of numbers may be in all of them."""
         column = ranges[0].column
-        return [ValueRange(column, 0, 0, self.job.work.sizing.num_partitions)] if column.needs_fit else ranges
+        return [ValueRange(column, 0, 0, self.job.sizing.num_partitions)] if column.needs_fit else ranges
 
     def _fit_quantiles(self, split: RowSplit, chunks: Sequence[ChunkFile], read: Sequence[Result]) -> None:
         """Enter the boundaries of quantiles into the schema, by the training rows or as in the known dataset."""
@@ -125,13 +126,13 @@ class VocabularyPhase:
     def _table(self, values: ValueRange) -> Path:
         """Value and id of the values of a range; of buckets, which are few, there is one for all ranges."""
         first = replace(values, index=0) if values.column.needs_fit else values
-        return self.job.work.path / "counts" / f"{first.name}-ids"
+        return self.job.work.pieces / "counts" / f"{first.name}-ids"
 
     def _known_table(self, values: ValueRange, what: str = "known") -> Path:
         """Value and id in the known dataset of a range that it extends; or `what` else there is of it."""
         if not self.job.options.extend_vocabulary:
             return self._table(values)
-        return self.job.work.path / "counts" / f"{values.name}-{what}"
+        return self.job.work.pieces / "counts" / f"{values.name}-{what}"
 
     def _known_record(self, column: SparseColumn) -> SparseRecord:
         assert self.job.known is not None, "the options were checked"
@@ -143,7 +144,7 @@ class VocabularyPhase:
         return (self.job.known.path / record.path).resolve()
 
     def _spread_tasks(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Iterator[Task]:
-        record, partitions = self._known_record(column), self.job.work.sizing.num_partitions
+        record, partitions = self._known_record(column), self.job.sizing.num_partitions
         turns_over = self.job.period is not None and self.job.options.extend_vocabulary
         columns = PERIOD_COLUMNS if turns_over else VALUE_COLUMNS
         files = [(record.vocabulary, columns, "ids", "known")]
@@ -169,7 +170,7 @@ class VocabularyPhase:
             for values in ranges[column.name]:
                 known = self._known_table(values) if self.job.options.extend_vocabulary else None
                 candidates = self._known_table(values, "candidates") if has_candidates else None
-                target = self.job.work.path / "counts" / values.name
+                target = self.job.work.pieces / "counts" / values.name
                 arguments = (values, chunks, split, min_count, known, candidates, self.job.period, target)
                 tasks.append(Task(f"count-{values.name}", count_values, arguments))
         return tasks
@@ -182,12 +183,12 @@ class VocabularyPhase:
             known_rows, num_known = record.num_embeddings, record.num_values
         arguments = (
             column,
-            [self.job.work.path / "counts" / values.name for values in ranges],
+            [self.job.work.pieces / "counts" / values.name for values in ranges],
             known_rows,
             num_known,
             self.job.period,
             MAX_ID if most is None else most - 1,
-            -(-self.job.work.sizing.values_per_task // (1 if self.job.period is None else _WEIGHT_WITH_PERIODS)),
+            -(-self.job.sizing.values_per_task // (1 if self.job.period is None else _WEIGHT_WITH_PERIODS)),
             [self._table(values) for values in ranges],
             self.job.dataset_folder,
         )
@@ -199,22 +200,15 @@ class VocabularyPhase:
         if self.job.known is not None and not self.job.options.extend_vocabulary:
             record = self._known_record(column)
             for file in record.files:
-                (self.job.dataset_folder / file.path).write_bytes(self._known_file(file).read_bytes())
+                with replacing(self.job.dataset_folder / file.path) as copy:
+                    shutil.copyfile(fetch(self._known_file(file)), copy)
             return record
         result = self.job.work.result(f"assign-{column.name}")
         assert result is not None, "its values have ids"
-
-        def record_of(what: str, rows: int) -> FileRecord:
-            return file_record(self.job.dataset_folder, f"{what}/{column.name}.parquet", rows)
-
-        turnover = None
+        records = {what: FileRecord(**record) for what, record in result["records"].items()}
+        vocabulary, turnover = records.pop("vocabulary"), None
         if self.job.period is not None:
-            turnover = TurnoverRecord(
-                admitted=result["admitted"],
-                expired=result["expired"],
-                **{name: record_of(name, result[name]) for name in ("reset", "candidates") if result[name]},
-            )
-        vocabulary = record_of("vocabulary", result["num_values"])
+            turnover = TurnoverRecord(admitted=result["admitted"], expired=result["expired"], **records)
         return SparseRecord(num_embeddings=result["num_embeddings"], vocabulary=vocabulary, turnover=turnover)
 
     def _table_of_ids(self, column: SparseColumn, read: Sequence[Result]) -> int:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import BinaryIO
 
 from torchdlrm.errors import StorageError
@@ -39,6 +39,7 @@ _BLOCK_BYTES = 16 << 20
 _AT_A_TIME = 8
 _CLOCK_OF_FILES = 5  # Linux's CLOCK_REALTIME_COARSE
 _evicting = Lock()
+_borrowed: dict[int, list[Path]] = {}  # by thread
 
 
 def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, bytes], bool] | None = None) -> Path:
@@ -58,6 +59,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
     if url is None:
         return path
     patterns, listed_ns = tuple(names), time.clock_gettime_ns(_CLOCK_OF_FILES)
+    _borrowed.get(get_ident(), []).append(path)
     found = objects.listed(url)
     if not found and path.name == LINK_NAME and fetch_link(path) is not None:
         return fetch(path.resolve(), patterns)
@@ -143,6 +145,7 @@ def push(path: Path, last: str | None = None) -> None:
     """
     if published_url(path) is None:
         return
+    _borrowed.get(get_ident(), []).append(path)
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
     files = [file for file in files if published_url(file) is not None]
     lead = [file for file in files if last is None or file != path / last]
@@ -168,19 +171,38 @@ def remove(path: Path) -> None:
 
 
 def move(path: Path, target: Path, last: str) -> None:
-    """Give a folder in the cache another name, here and in the bucket; `last` as for `push`."""
+    """Give a folder another name, here and in the bucket, which may have more of it; `last` as for `push`."""
     path.rename(target)
     url, to = published_url(path), published_url(target)
-    if url is None or to is None:
-        return
-    found = sorted(objects.listed(url), key=lambda name: name == last)
-    for name in found:
-        objects.copy(f"{url}/{name}", f"{to}/{name}")
-    _stamp_path(target).parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        _stamp_path(path).rename(_stamp_path(target))
+    found = {} if url is None or to is None else objects.listed(url)
+    for names in (found.keys() - {last}, found.keys() & {last}):
+        _each([lambda name=name: objects.copy(f"{url}/{name}", f"{to}/{name}") for name in names])  # type: ignore[misc]
+    if found:
+        _stamp_path(target).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            _stamp_path(path).rename(_stamp_path(target))
     push(target, last)
     objects.delete(*[f"{url}/{name}" for name in found])
+
+
+def remove_files(paths: Collection[Path], *, here_alone: bool = False) -> None:
+    """Remove files, and unless it is `here_alone` also the objects of one bucket that they stand for, all at once."""
+    at_urls = [path for path in paths if published_url(path) is not None]
+    if not here_alone:
+        objects.delete(*[str(url_of(path)) for path in at_urls])
+    for path in [*paths, *map(_stamp_path, at_urls)]:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def borrowing(folder: Path) -> Iterator[None]:
+    """What this thread fetches from a folder in a bucket, or writes into it, is not kept on this host afterwards."""
+    paths = _borrowed[get_ident()] = []
+    try:
+        yield
+    finally:
+        del _borrowed[get_ident()]
+        remove_files([path for path in paths if path.is_relative_to(folder)], here_alone=True)
 
 
 def files_at(path: Path) -> list[Path]:

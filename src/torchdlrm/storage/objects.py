@@ -63,6 +63,8 @@ class ChangedError(StorageError):
 def read(url: str, start: int = 0, end: int | None = None, *, etag: str | None = None) -> bytes:
     """The bytes of an object from `start` to `end`, all by default; of that object alone which has this tag.
 
+    A negative `start`, without `end`, counts from the object's end.
+
     Raises:
         FileNotFoundError: there is no such object.
         ChangedError: it has another tag.
@@ -70,7 +72,9 @@ def read(url: str, start: int = 0, end: int | None = None, *, etag: str | None =
     """
     if end is not None and end <= start:
         return b""
-    options: dict[str, Any] = {} if end is None else {"range": (start, end)}
+    options: dict[str, Any] = {}
+    if end is not None or start:
+        options["range"] = (start, end) if end is not None else {"suffix": -start} if start < 0 else {"offset": start}
     if etag is not None:
         options["if_match"] = etag
     return _patiently(url, "read", lambda store, key: bytes(_obstore().get(store, key, options=options).bytes()))

@@ -4,18 +4,23 @@ In: a path.  Out: a binary file with `seek`, whose bytes are all of one object: 
 """
 
 import io
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 from torchdlrm.storage import objects
-from torchdlrm.storage.places import url_of
+from torchdlrm.storage.places import published_url, url_of
 
 RANGE_BYTES = 8 << 20
 _AHEAD = 3
+_ITEMS_AHEAD = 8
 _KEPT = 6
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _threads = ThreadPoolExecutor(16, thread_name_prefix="storage-read")
 
 
@@ -55,6 +60,34 @@ def open_to_read(path: Path, identity: FileIdentity | None = None) -> BinaryIO:
         return path.open("rb")
     found = identity or identity_of(path)
     return cast("BinaryIO", io.BufferedReader(_Ranges(url, found), 1 << 20))
+
+
+def parts_of(path: Path, *, whole: bool = False) -> Callable[[int, int | None], memoryview]:
+    """Reads a file that does not change from a place to another, as a slice does; what is on this host is mapped.
+
+    Of an object each part is a request; where it is wanted `whole`, there is one for all of it.
+    """
+    try:
+        with path.open("rb") as file:
+            content = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ))
+    except FileNotFoundError:
+        url = published_url(path)
+        if url is None:
+            raise
+        if not whole:
+            return lambda start, end: memoryview(objects.read(url, start, end))
+        content = memoryview(objects.read(url))
+    return lambda start, end: content[start:end]
+
+
+def read_each(items: Iterable[_Item], read: Callable[[_Item], _Result]) -> Iterator[_Result]:
+    """What is read of each item, in order; some are read ahead, as the answer of a bucket is long in coming."""
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(_threads.submit(read, item))
+        if len(waiting) > _ITEMS_AHEAD:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
 
 
 class _Ranges(io.RawIOBase):

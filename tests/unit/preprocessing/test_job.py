@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from torchdlrm.features.transforms import Moments, Standardize
 from torchdlrm.features.value_hash import hash_values, hashed_ids
+from torchdlrm.jobs.sections import Sections, write_sections
 from torchdlrm.preprocessing.read import partitions_of
 from torchdlrm.preprocessing.tally import divergence, id_bins
-from torchdlrm.preprocessing.work_folder import Sections, write_sections
 
 
 def mix(x):
@@ -42,13 +42,14 @@ def test_sections_are_read_as_they_were_written_and_nothing_is_left_beside(tmp_p
         "d": pa.table({"w": []}),
     }
     write_sections(tmp_path / "f", tables)
-    with Sections(tmp_path / "f") as sections:
-        assert all(sections.table(name).equals(table) for name, table in tables.items())
-        assert "a" in sections
-        assert "e" not in sections
-        kept = sections.table("b/c")
+    sections = Sections(tmp_path / "f")
+    assert all(sections.table(name).equals(table) for name, table in tables.items())
+    assert "a" in sections
+    assert "e" not in sections
+    kept = sections.table("b/c")
+    del sections
     assert kept["y"].to_pylist() == ["q", None], "tables outlive the file"
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         write_sections(tmp_path / "g", {"a": None})
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 

@@ -1,85 +1,86 @@
 """Keeps what a job has done, so that it resumes after any interruption.
 
-    .dataset.partial/
+    .OUT.partial/
       job.json       the settings and the log's files, which say whether a job is the same; how it is cut into tasks
       journal.jsonl  a line for each task that is done, with its result
       lock           held while a job runs
-      chunks/ counts/ ids/ groups/   what tasks left for later ones
-      dataset/       the dataset, as far as it is written
+      ...            folders of what tasks left for later ones, and of what the job makes
+    OUT.partial/HASH/...  these folders, where a cluster runs the tasks of a job at a URL: in the bucket, by a hash of
+                          job.json, so that what another job has left is never taken for this one's
 
 A task writes to a temporary file and renames it, and only then enters the journal: a task that is not there runs
 again and leaves the same bytes.
-
-What tasks leave for later ones are files of named Arrow tables (`write_sections`), each of which is read without the
-others.  Nothing is compressed, so that a table is mapped into memory and only the pages that are used are read.
-
-    table | table | ... | JSON: name -> [offset, length] | length of the JSON, 8 bytes
 """
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow as pa
-
 from torchdlrm.errors import DatasetError, differences
-from torchdlrm.files import claim_folder, clear_folder, replacing, write_atomically
-from torchdlrm.preprocessing.sizing import JobSizing
+from torchdlrm.files import claim_folder, clear_folder, remove_folder, sha256_of, write_atomically
+from torchdlrm.storage.places import url_of
 
 Result = dict[str, Any]
 
-# Of what tasks leave for later ones: a job that was begun by tasks of another version is not resumed.
-WORK_VERSION = 2
-_LENGTH_BYTES = 8
 _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME = "job.json", "journal.jsonl", "lock"
-FOLDERS = ("text", "chunks", "counts", "ids", "groups", "dataset")
 
 
 class WorkFolder:
     """The work folder of a running job, locked against others."""
 
-    def __init__(self, path: Path, sizing: JobSizing, results: dict[str, Result], lock: int) -> None:
-        self.path = path
-        self.sizing = sizing
-        self._results = results
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path, self.pieces = path, pieces_of(path)
+        self.layout: dict[str, Any] = json.loads((path / _JOB_NAME).read_text(encoding="utf-8"))["layout"]
+        self._results = _read_journal(path / _JOURNAL_NAME)
         self._lock = lock
         self._journal = (path / _JOURNAL_NAME).open("a", encoding="utf-8")
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any], sizing: JobSizing, *, restart: bool = False) -> Self:
-        """Make the folder, or resume the one that a job with the same settings left; `restart`: forget what it did.
+    def open(
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        layout: Mapping[str, Any],
+        folders: Collection[str],
+        *,
+        is_shared: bool = False,
+        restart: bool = False,
+    ) -> Self:
+        """Make the folder with these folders in it, or resume the one that a job with the same settings left.
+
+        `layout` says how a new job is cut into tasks.  With `is_shared`, tasks are run where only a bucket is seen, if
+        `path` is in one.  `restart`: forget what the job did.
 
         Raises:
             DatasetError: a job is at work there, or one with other settings left it.
             OSError: it cannot be made, or something else is there.
         """
-        folder = claim_folder(path, (*FOLDERS, _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME))
+        folder = claim_folder(path, (*folders, _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME))
         try:
-            return cls._open(path, folder, settings, sizing, restart=restart)
+            lock = _lock(path, folder)
+            try:
+                found = _read_job(path)
+                if found is not None and not restart:
+                    _compare(path, found["settings"], json.loads(json.dumps(settings)))
+                    return cls(path, lock)
+                if pieces_of(path) != path:
+                    remove_folder(pieces_of(path))
+                clear_folder(folder, keep=(_LOCK_NAME,))
+                for name in folders:
+                    (path / name).mkdir()
+                job = {"settings": settings, "layout": layout, "is_shared": is_shared and url_of(path) is not None}
+                write_atomically(path / _JOB_NAME, json.dumps(job))
+                return cls(path, lock)
+            except BaseException:
+                os.close(lock)
+                raise
         finally:
             os.close(folder)
-
-    @classmethod
-    def _open(cls, path: Path, folder: int, settings: Mapping[str, Any], sizing: JobSizing, *, restart: bool) -> Self:
-        lock = _lock(path, folder)
-        try:
-            found = None if restart else _read_job(path)
-            if found is None:
-                clear_folder(folder, keep=(_LOCK_NAME,))
-                for name in FOLDERS:
-                    (path / name).mkdir()
-                write_atomically(path / _JOB_NAME, json.dumps({"settings": settings, "layout": asdict(sizing)}))
-                return cls(path, sizing, {}, lock)
-            _compare(path, found["settings"], json.loads(json.dumps(settings)))
-            return cls(path, JobSizing(**found["layout"]), _read_journal(path / _JOURNAL_NAME), lock)
-        except BaseException:
-            os.close(lock)
-            raise
 
     def result(self, task: str) -> Result | None:
         """Return the result of a task that is done, else None."""
@@ -108,11 +109,29 @@ class WorkFolder:
             os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove the folder; the file that identifies its job goes last."""
-        for name in FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Remove the folder."""
+        remove_work(self.path)
         self.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def pieces_of(path: Path) -> Path:
+    """Where the tasks of the job of a work folder leave their files."""
+    job = _read_job(path)
+    if job is None or not job.get("is_shared"):
+        return path
+    return path.with_name(path.name.removeprefix(".")) / sha256_of(path / _JOB_NAME)[:16]
+
+
+def remove_work(path: Path) -> None:
+    """Remove a work folder; the file that identifies its job goes last."""
+    (path / _JOURNAL_NAME).unlink(missing_ok=True)
+    if (pieces := pieces_of(path)) != path:
+        remove_folder(pieces)
+        with suppress(OSError):  # it holds another job's
+            pieces.parent.rmdir()
+    for folder in path.iterdir():
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def holds_job(path: Path, settings: Mapping[str, Any]) -> bool:
@@ -161,42 +180,3 @@ def _compare(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) 
         lines = [f"{path}: holds what an interrupted job with other settings has done; what differs:", *differing]
         lines.append("Give the same settings to resume it, or start again with `restart`.")
         raise DatasetError("\n".join(lines))
-
-
-def write_sections(path: Path, tables: Mapping[str, pa.Table]) -> None:
-    """Write tables under their names; the file is written atomically."""
-    places: dict[str, tuple[int, int]] = {}
-    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        for name, table in tables.items():
-            start = file.tell()
-            with pa.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table)
-            places[name] = (start, file.tell() - start)
-        footer = json.dumps(places).encode()
-        file.write(footer)
-        file.write(len(footer).to_bytes(_LENGTH_BYTES, "little"))
-
-
-class Sections:
-    """Reads what `write_sections` wrote; a context manager."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = pa.memory_map(str(path), "r")
-        size_bytes = self._file.size()
-        length = int.from_bytes(self._file.read_at(_LENGTH_BYTES, size_bytes - _LENGTH_BYTES), "little")
-        self._places = json.loads(self._file.read_at(length, size_bytes - _LENGTH_BYTES - length))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def table(self, name: str) -> pa.Table:
-        """Return the table of that name, in mapped memory."""
-        start, length = self._places[name]
-        self._file.seek(start)
-        return pa.ipc.open_stream(pa.BufferReader(self._file.read_buffer(length))).read_all()

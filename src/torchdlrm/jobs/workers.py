@@ -7,16 +7,20 @@ Threads, not processes: nearly all the time is spent in Polars, PyArrow and NumP
 process; that process needs the memory of its libraries once, and no task outlives it when it is killed.
 """
 
+import io
+import pickle
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torchdlrm.errors import ConfigError
-from torchdlrm.preprocessing.options import Resources
-from torchdlrm.preprocessing.work_folder import Result, WorkFolder
+from torchdlrm.errors import ConfigError, UserError
+from torchdlrm.jobs.work_folder import Result, WorkFolder
+from torchdlrm.storage.mirror import borrowing
+from torchdlrm.storage.places import located, published_url, url_of, with_urls
 
 # This number of tasks beyond those that run is handed over, so that no worker waits for the next.
 _TASKS_AHEAD = 2
@@ -39,6 +43,7 @@ class Workers:
 
     `tasks_at_a_time` are run, which are fewer where the memory asks for it.  `is_closed` says that no process is left
     to run them: the futures of a Dask client that has lost the scheduler of its `cluster` may be waited for forever.
+    `ask_each` calls a function in each process of the cluster.
     """
 
     executor: Executor
@@ -47,6 +52,7 @@ class Workers:
     tasks_at_a_time: int
     cluster: str | None = None
     is_closed: Callable[[], bool] = lambda: False
+    ask_each: Callable[..., Mapping[str, Any]] = lambda *_: {}
 
     def run(self, tasks: Iterable[Task], work: WorkFolder, at_a_time: int | None = None) -> Iterator[Result]:
         """Run tasks that are not done yet; yields the results of all in their order.
@@ -68,7 +74,7 @@ class Workers:
                 else:
                     while len(running) >= ahead:
                         self._collect(running, work)
-                    future = self.executor.submit(task.function, *task.arguments)
+                    future = self._submit(task, work)
                     running[future] = task
                     waiting.append((task, future))
                 while waiting and (result := _result(waiting[0], work)) is not None:
@@ -85,6 +91,24 @@ class Workers:
             # What runs on is let finish: it is minutes of work at most, and its result is not lost.
             wait([future for future in running if not future.cancelled()])
             _note({future for future in running if future.done()}, running, work)
+
+    def require_to_see(self, paths: Iterable[Path]) -> None:
+        """See that each process of the cluster has the files and folders that are at no URL; else ConfigError."""
+        local = [path for path in paths if published_url(path) is None]
+        for worker, unseen in self.ask_each(_unseen, local).items():
+            if unseen:
+                msg = (
+                    f"`cluster`: the worker at {worker} does not see {unseen[0]}; give what is read and `out` as URLs "
+                    "of a bucket, or let all workers have these folders, under the same paths"
+                )
+                raise ConfigError(msg)
+
+    def _submit(self, task: Task, work: WorkFolder) -> Future[Result]:
+        if self.cluster is None:
+            return self.executor.submit(task.function, *task.arguments)
+        sent = io.BytesIO()
+        _Sender(sent).dump((task.function, task.arguments, work.pieces))
+        return self.executor.submit(_run_sent, sent.getvalue())
 
     def _collect(self, running: dict[Future[Result], Task], work: WorkFolder) -> None:
         """Wait for tasks and note their results; the first exception among them is raised when they are noted."""
@@ -103,6 +127,29 @@ class Workers:
             f"`cluster`: the scheduler at {self.cluster} is gone; the same command resumes the job, also on "
             "another cluster, or here without `cluster`"
         )
+
+
+class _Sender(pickle.Pickler):
+    """A path that stands for a URL goes to a worker as that URL: the worker's cache may be another folder."""
+
+    def reducer_override(self, value: Any) -> Any:
+        url = url_of(value) if isinstance(value, Path) else None
+        return NotImplemented if url is None else (located, (url,))
+
+
+def _run_sent(sent: bytes) -> Result:
+    """Run a task in a process of the cluster, which keeps nothing of the job's files."""
+    function, arguments, pieces = pickle.loads(sent)  # noqa: S301 - Dask does the same
+    try:
+        with borrowing(pieces):
+            return function(*arguments)
+    except UserError as error:
+        error.args = tuple(with_urls(arg) if isinstance(arg, str) else arg for arg in error.args)
+        raise
+
+
+def _unseen(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if not path.exists()]
 
 
 def _result(item: Result | tuple[Task, Future[Result]], work: WorkFolder) -> Result | None:
@@ -125,15 +172,14 @@ def _note(
 
 
 @contextmanager
-def start_workers(resources: Resources) -> Iterator[Workers]:
-    """Threads here, or the threads of a Dask cluster's workers.
+def start_workers(count: int, cluster: str | None) -> Iterator[Workers]:
+    """So many threads here, or the threads of a Dask cluster's workers.
 
     Raises:
         ConfigError: there is no such cluster, or Dask is not installed.
     """
-    if resources.cluster is None:
-        count = resources.num_workers
-        with ThreadPoolExecutor(count, thread_name_prefix="preprocess") as threads:
+    if cluster is None:
+        with ThreadPoolExecutor(count, thread_name_prefix="job") as threads:
             yield Workers(threads, count, count, count)
         return
     try:
@@ -142,14 +188,14 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
         raise ConfigError("`cluster`: needs Dask; install it with: pip install 'torchdlrm[cluster]'") from error
     untyped: Any = distributed
     try:
-        client = untyped.Client(resources.cluster, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+        client = untyped.Client(cluster, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
-        msg = f"`cluster`: no Dask scheduler answers at {resources.cluster} ({error}); start one with: dask scheduler"
+        msg = f"`cluster`: no Dask scheduler answers at {cluster} ({error}); start one with: dask scheduler"
         raise ConfigError(msg) from error
     with client:
         threads_of_workers = list(client.nthreads().values())
         if not threads_of_workers:
-            msg = f"`cluster`: the scheduler at {resources.cluster} has no workers; start some with: dask worker"
+            msg = f"`cluster`: the scheduler at {cluster} has no workers; start some with: dask worker"
             raise ConfigError(msg)
         # The executor goes first: it cancels what has not begun.
         with client.get_executor(retries=3, pure=False) as executor:
@@ -158,4 +204,4 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
             def is_closed() -> bool:
                 return client.status in {"closing", "closed"}
 
-            yield Workers(executor, count, max(threads_of_workers), count, resources.cluster, is_closed)
+            yield Workers(executor, count, max(threads_of_workers), count, cluster, is_closed, client.run)
