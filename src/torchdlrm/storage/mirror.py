@@ -133,25 +133,27 @@ def sizes_of(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
     return {name: found[name].size_bytes if name in found else None for name in names}
 
 
-def push(path: Path, last: str | None = None) -> None:
+def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None:
     """Write a file, or all files of a folder, into the bucket; one that is there as it is here is left.
 
     Args:
         path: in the cache; anything else is left where it is.
         last: the file of a folder without which it is no such folder; written when all others are there.
+        to: the path that it will have here, when it is complete.
 
     Raises:
         StorageError: it cannot be written.
     """
-    if published_url(path) is None:
+    to = to or path
+    if published_url(to) is None:
         return
     _borrowed.get(get_ident(), []).append(path)
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    files = [file for file in files if published_url(file) is not None]
-    lead = [file for file in files if last is None or file != path / last]
-    _each([lambda file=file: _push_file(file) for file in lead])  # type: ignore[misc]
-    for file in files[len(lead) :] if last is None else [path / last]:
-        _push_file(file)
+    pairs = [(file, to / file.relative_to(path)) for file in files if last is None or file != path / last]
+    lead = [pair for pair in pairs if published_url(pair[1]) is not None]
+    _each([lambda pair=pair: _push_file(*pair) for pair in lead])  # type: ignore[misc]
+    if last is not None:
+        _push_file(path / last, to / last)
 
 
 def remove(path: Path) -> None:
@@ -293,20 +295,20 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 return
 
 
-def _push_file(path: Path) -> None:
-    url = url_of(path)
+def _push_file(path: Path, to: Path) -> None:
+    url = url_of(to)
     assert url is not None, "the caller has looked"
     size_bytes = path.stat().st_size
-    known = _stamped(path)
-    if known is None or not _is_current(path, known):
-        _stamp(path, ObjectStat(size_bytes, objects.write(url, path)))
+    known = _stamped(to)
+    if known is None or not _is_current(to, known, path):
+        _stamp(to, ObjectStat(size_bytes, objects.write(url, path)), path)
 
 
-def _is_current(path: Path, wanted: ObjectStat) -> bool:
+def _is_current(path: Path, wanted: ObjectStat, here: Path | None = None) -> bool:
     """Whether a file or link is this object: its stamp says so, and nothing has written to it since."""
     try:
         etag, size_bytes, modified_ns = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
-        now = path.lstat()
+        now = (here or path).lstat()
     except (OSError, ValueError):
         return False
     written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
@@ -387,6 +389,8 @@ def _make_room(num_bytes: int) -> None:
         for _, size_bytes, path, stamp in sorted(by_use):
             if left <= 0:
                 return
+            if (known := _stamped(path)) is None or not _is_current(path, known):
+                continue  # written to since: what the bucket does not have yet
             path.unlink(missing_ok=True)  # who has it open or mapped keeps it
             stamp.unlink(missing_ok=True)
             left -= size_bytes

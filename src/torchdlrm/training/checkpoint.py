@@ -81,7 +81,19 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def list_checkpoints(folder: Path) -> list[int]:
     """The steps of all checkpoints in a run's checkpoints/ in rising order: damaged ones too, but no copies."""
     folders = (path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir())
+    folders = (path for path in folders if any(path.iterdir()))  # else a part of it is in a bucket, without its record
     return sorted(step for path in folders if path == checkpoint_path(folder, step := int(path.name[5:])))
+
+
+def publish_logs(folder: Path) -> None:
+    """Publish what a run at a URL has beside its checkpoints/.
+
+    Raises:
+        StorageError: it cannot be written there.
+    """
+    for path in folder.parent.iterdir():
+        if path != folder:
+            mirror.push(path)
 
 
 def read_position(folder: Path, step: int) -> Position:

@@ -1,6 +1,7 @@
 """Writes checkpoints atomically while training continues, and loads them.
 
-A checkpoint is written under another name and renamed when every rank has written and hashed its part.
+A checkpoint is written under another name and renamed when every rank has written and hashed its part. In a bucket the
+ranks put their parts where it will be, and rank 0 the record without which it is none, when all else is there.
 """
 
 import io
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,8 +29,9 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torchrec.optim.keyed import KeyedOptimizer
 
-from torchdlrm.errors import RunError
+from torchdlrm.errors import RunError, StorageError
 from torchdlrm.files import publish_folder, sha256_of
+from torchdlrm.storage import mirror
 from torchdlrm.training.checkpoint import (
     RECORD_NAME,
     Position,
@@ -37,6 +39,7 @@ from torchdlrm.training.checkpoint import (
     list_checkpoints,
     look_for_damage,
     not_finite_error,
+    publish_logs,
     read_position,
     write_record,
 )
@@ -247,34 +250,39 @@ class Checkpointer:
         final = checkpoint_path(self._folder, position.step)
         partial = final.with_name(f".{final.name}.partial")
         try:
-            self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
+            self._together(lambda: _make_empty(partial, final) if self._ranks.is_first else None)
+            self._together(lambda: partial.mkdir(parents=True, exist_ok=True))  # on hosts that share no folder
             # Without copies ahead: torch would pin two shards at a time, rounded up to powers of two, for good.
             writer = _Writer(partial, sync_files=True, per_thread_copy_ahead=0)
             save_distributed(state, storage_writer=writer, process_group=self._group)
-            digests = self._together(lambda: _digests(partial, self._ranks.rank))
+            digests = self._together(lambda: _digests(partial, final, self._ranks.rank))
             self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
         except (OSError, CheckpointException, RuntimeError) as error:
             if isinstance(error, RuntimeError) and self._ranks.are_fewer(error):
                 raise
             if self._ranks.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
                 logger.warning(
                     "the checkpoint of step %d could not be written, training continues without it: %s",
                     position.step,
                     _reason(error),
                 )
             return False
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         self._written.append((position.step, final))
         return True
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
         write_record(partial, position, {name: digest for part in digests for name, digest in part.items()})
+        publish_logs(self._folder)
+        mirror.push(partial, RECORD_NAME, to=final)
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
             _remove(final)
         publish_folder(partial, final, RECORD_NAME)  # before older ones are removed
         # Later ones were passed over, as damaged or not finite: they push none of these out, and may be well again.
         steps = [step for step in list_checkpoints(self._folder) if step <= position.step]
         for step in set(steps) - {*steps[-self._keep_last :], position.best_step}:
+            _unpublish(checkpoint_path(self._folder, step))
             _remove(checkpoint_path(self._folder, step))
 
     def _together(self, task: Any) -> list[Any]:
@@ -283,7 +291,7 @@ class Checkpointer:
         problem: str | None = None
         try:
             result = task()
-        except OSError as error:
+        except (OSError, StorageError) as error:
             problem = f"rank {self._ranks.rank}: {_reason(error)}"
         everyone = self._ranks.all_gather((problem, result), self._group)
         problems = [found for found, _ in everyone if found is not None]
@@ -331,18 +339,28 @@ def find_damage_together(path: Path, ranks: Ranks, group: dist.ProcessGroup | No
 
 def _remove(checkpoint: Path) -> None:
     """Renamed first, so that one that is half removed is never taken for a checkpoint."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
+    with suppress(FileNotFoundError):
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _unpublish(checkpoint: Path) -> None:
+    """Likewise in a bucket: the record first."""
+    mirror.remove(checkpoint / RECORD_NAME)
+    mirror.remove(checkpoint)
 
 
-def _digests(folder: Path, rank: int) -> dict[str, str]:
-    """sha256 of the files that this rank has written; the first one also has the metadata."""
-    names = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
-    return {name: sha256_of(folder / name) for name in [*names, *([".metadata"] if rank == 0 else [])]}
+def _make_empty(partial: Path, final: Path) -> None:
+    _unpublish(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _digests(partial: Path, final: Path, rank: int) -> dict[str, str]:
+    """sha256 of the files that this rank has written, and published; the first one also has the metadata."""
+    names = [path.name for path in partial.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
+    for name in names:
+        mirror.push(partial / name, to=final / name)
+    return {name: sha256_of(partial / name) for name in names}
 
 
 def _reason(error: BaseException) -> str:

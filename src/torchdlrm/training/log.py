@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchdlrm.errors import Interrupted
+from torchdlrm.errors import Interrupted, StorageError
 from torchdlrm.files import sync, write_atomically
 from torchdlrm.metrics import LOSS, BinaryMetrics, metrics_in, why_undefined
 from torchdlrm.notebook import notebook_view
-from torchdlrm.training.checkpoint import Position
+from torchdlrm.training.checkpoint import Position, publish_logs
 from torchdlrm.training.run import METRICS_NAME
 from torchdlrm.units import show_count, show_number
 
@@ -116,10 +116,15 @@ class MetricsLog(Callback):
         self._write(step, "val", metrics)
 
     def on_end(self, outcome: Outcome) -> None:  # noqa: ARG002 - the file is the same
-        """Close the file, which is on the disk itself then."""
+        """Close the file, which is on the disk itself then, and publish what a run at a URL has logged."""
+        folder = Path(self._file.name).parent
         with suppress(OSError), self._file:
             os.fsync(self._file.fileno())
-            sync(Path(self._file.name).parent)
+            sync(folder)
+        try:
+            publish_logs(folder / "checkpoints")
+        except StorageError as error:
+            logger.warning("the last metrics could not be published: %s", error)
 
     def _write(self, step: int, split: str, metrics: Metrics) -> None:
         line = {"step": step, "rows": metrics["rows"], "split": split, **metrics, "time": time.time()}

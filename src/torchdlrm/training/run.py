@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from torchdlrm.config import Config, StopConfig, config_toml, load_config, setting_values
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
-from torchdlrm.errors import RunError
+from torchdlrm.errors import RunError, UserError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import write_atomically
 from torchdlrm.folders import wrong_folder
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # Of a run at a URL, what is looked at from the start; weights are fetched when they are read.
-_SMALL_FILES = (CONFIG_NAME, "*.json", METRICS_NAME, "*/.metadata")
+_SMALL_FILES = (CONFIG_NAME, "*.json", METRICS_NAME)
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = (
     *("seed", "model.", "train.batch_size_global", "train.label"),
@@ -127,7 +127,7 @@ class Run:
             self.close()
             msg = f"`run`: cannot write to {self.path}: {error.strerror}"
             raise RunError(msg) from error
-        except RunError:
+        except UserError:
             self.close()
             raise
         return self
@@ -396,6 +396,9 @@ class Run:
             path.unlink()
         for path in self.profile.glob(".*.json*"):
             path.unlink()
+        for path in self.checkpoints.glob("step-*"):
+            if path.is_dir() and not any(path.iterdir()):  # killed while it was published
+                mirror.remove(path)
         for path in self.checkpoints.glob(".step-*"):  # .partial, and .old: one that was being removed
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
