@@ -89,12 +89,12 @@ def write_rows(path: Path, rows: int, columns: tuple[str, ...], noise: float) ->
 
 def evaluate(file: Path, _: Path) -> dict[str, float]:
     """What `dlrm evaluate FILE` does, with its times."""
-    from torchdlrm.evaluation.predictions import predicted_rows  # noqa: PLC0415 - in the process that is measured
+    from torchdlrm.evaluation.predictions import Asked, predicted_rows  # noqa: PLC0415 - in the process that is measured
     from torchdlrm.metrics import estimates  # noqa: PLC0415
 
     has_groups = "user" in pl.read_parquet_schema(file)
     started_s = time.perf_counter()
-    rows = predicted_rows(file, group="user" if has_groups else None)
+    rows = predicted_rows(file, Asked(group="user" if has_groups else None))
     read_s = time.perf_counter() - started_s
     assert rows is not None, "of a file"
     estimates(rows.judged)

@@ -13,19 +13,23 @@ difference of their influences, row by row, so that rows that are hard for both 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchdlrm.ranks import Groups, Labels, RightPairs, Scores, Weights, auc, check_shapes
+from torchdlrm.ranks import Groups, Labels, RightPairs, Scores, Weights, check_shapes
 
 # How much each row of a block moves a metric's value, float64 [rows of the block]; over all rows they add up to 0.
 Influence = Callable[[slice], NDArray[np.float64]]
+# A number made of the means of rows, in the order of `MetricSums.means`; also where these are complex.
+OfMeans = Callable[..., Any]
 
 # Standard errors to each side of its mean that 95 % of a normal distribution are within.
 NORMAL_95 = 1.959964
 
+_TINY = 1e-200
 _BLOCK_ROWS = 1 << 20  # float64 temporaries of a block stay at 8 MB each
 
 
@@ -54,9 +58,12 @@ class MetricSums:
         """What all rows weigh."""
         return self.rows if self.weight_sum is None else self.weight_sum
 
-    def mean(self, total: float) -> float:
-        """One of the sums divided by what all rows weigh."""
-        return total / self.weight
+    @property
+    def means(self) -> tuple[float, float, float, float]:
+        """The click rate, the accuracy, the mean prediction and the logloss."""
+        sums = (self.clicks, self.right, self.prediction_sum, self.logloss_sum)
+        clicks, right, prediction, loss = (total / self.weight for total in sums)
+        return clicks, right, prediction, loss
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,14 @@ class Judged:
         _check(labels, logits, weights)
         return cls(labels, logits, weights, _sums(labels, logits, weights), groups)
 
+    @cached_property
+    def right_pairs(self) -> RightPairs:
+        """What the AUC is made of; they are kept, 4 bytes a row, since to sort them takes most of its time."""
+        return RightPairs(self.labels, self.logits, self.weights)
+
     def auc(self) -> float:
         """Area under the ROC curve."""
-        return auc(self.labels, self.logits, self.weights)
+        return self.right_pairs.area()
 
     def blocks(self) -> Iterator[slice]:
         """The rows, in parts that are worked on at once."""
@@ -112,6 +124,11 @@ class Estimate(NamedTuple):
     standard_error: float
     low: float
     high: float
+
+    @property
+    def ends(self) -> list[float] | None:
+        """Where the interval begins and ends, as JSON has it; None where it is not known."""
+        return None if math.isnan(self.low) else [self.low, self.high]
 
 
 def interval(value: float, standard_error: float, least: float = -math.inf, most: float = math.inf) -> Estimate:
@@ -145,19 +162,16 @@ def standard_error(judged: Judged, influence: Influence) -> float:
 
 def _check(labels: Labels, logits: Scores, weights: Weights) -> None:
     check_shapes(labels, logits)
-    for start in range(0, labels.size, _BLOCK_ROWS):
-        block = labels[start : start + _BLOCK_ROWS]
-        others = block[(block != 0) & (block != 1)]
-        if others.size:
-            msg = f"labels: must be 0 or 1, got {others[0]}; the order is binary_metrics(labels, logits)"
-            raise ValueError(msg)
     if weights is not None and weights.shape != labels.shape:
         msg = f"weights: must be as many as labels, got shapes {weights.shape} and {labels.shape}"
         raise ValueError(msg)
-    for start in range(0, 0 if weights is None else weights.size, _BLOCK_ROWS):
-        assert weights is not None, "it has rows"
-        part = weights[start : start + _BLOCK_ROWS]
-        if (wrong := part[~((part >= 0) & (part < math.inf))]).size:
+    for start in range(0, labels.size, _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        label, weight = labels[block], np.ones(1) if weights is None else weights[block]
+        if (wrong := label[(label != 0) & (label != 1)]).size:
+            msg = f"labels: must be 0 or 1, got {wrong[0]}; the order is binary_metrics(labels, logits)"
+            raise ValueError(msg)
+        if (wrong := weight[~((weight >= 0) & (weight < math.inf))]).size:
             msg = f"weights: must be finite and at least 0, got {wrong[0]}"
             raise ValueError(msg)
 
@@ -192,33 +206,30 @@ def _sums(labels: Labels, logits: Scores, weights: Weights) -> MetricSums:
     return MetricSums(labels.size, *map(math.fsum, zip(*sums, strict=True)))
 
 
-def influence_on_means(slopes_of: Callable[[MetricSums], tuple[float, ...]]) -> Callable[[Judged], Influence]:
+def influence_on_means(value_of: OfMeans) -> Callable[[Judged], Influence]:
     """Influences on a function of means, by the delta method: how it grows with the mean of each part of `_Rows`."""
 
     def influence(judged: Judged) -> Influence:
-        sums, slopes = judged.sums, slopes_of(judged.sums)
-        means = [sums.mean(of) for of in (sums.clicks, sums.right, sums.prediction_sum, sums.logloss_sum)]
+        means = judged.sums.means
+        # Exact: the imaginary part of a function at a point with a tiny one (Squire and Trapp 1998).
+        slopes = [complex(value_of(*at)).imag / _TINY for at in np.array(means) + 1j * _TINY * np.eye(len(means))]
 
         def of(block: slice) -> NDArray[np.float64]:
             rows = _Rows.of(judged.labels[block], judged.logits[block])
             moved = sum(
                 slope * np.subtract(part, mean) for slope, part, mean in zip(slopes, rows, means, strict=True) if slope
             )
-            return np.asarray(moved) * _fractions(judged, block)
+            weights = 1.0 if judged.weights is None else judged.weights[block].astype(np.float64)
+            return np.asarray(moved) * (weights / judged.sums.weight)
 
         return of
 
     return influence
 
 
-def _fractions(judged: Judged, block: slice) -> NDArray[np.float64] | float:
-    """What each row of a block weighs, of what all rows do."""
-    return (1.0 if judged.weights is None else judged.weights[block].astype(np.float64)) / judged.sums.weight
-
-
 def influence_on_auc(judged: Judged) -> Influence:
     """Influences on AUC, whose squares add up to DeLong's variance."""
-    area, right = judged.auc(), RightPairs(judged.labels, judged.logits, judged.weights)
+    area, right = judged.auc(), judged.right_pairs
     counted = judged.labels if judged.weights is None else judged.labels[judged.weights > 0]
     num_rows, num_clicks = counted.size, int(np.count_nonzero(counted))
     clicks = judged.sums.clicks

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from torchdlrm.judged import (
     Estimate,
     Influence,
     Judged,
-    MetricSums,
+    OfMeans,
     influence_on_auc,
     influence_on_means,
     interval,
@@ -105,18 +105,22 @@ class Metric:
 
     def estimate(self, judged: Judged) -> Estimate:
         """Its value over rows, and the interval of 95 % around it."""
-        value = self.of(judged) if judged.sums.weight else math.nan
-        if self.influence is None or math.isnan(value):
+        value, of = self.value(judged), self.influence
+        if of is None or math.isnan(value):
             return interval(value, math.nan)
-        return interval(value, standard_error(judged, self.influence(judged)), 0.0, self.largest)
+        return interval(value, standard_error(judged, of(judged)), 0.0, self.largest)
 
     def difference(self, first: Judged, second: Judged) -> Estimate:
         """Its value over a second model's predictions of the same rows above that over the first one's."""
-        value = self.of(second) - self.of(first) if first.sums.weight else math.nan
-        if self.influence is None or math.isnan(value):
+        value, of = self.value(second) - self.value(first), self.influence
+        if of is None or math.isnan(value):
             return interval(value, math.nan)
-        before, after = self.influence(first), self.influence(second)
+        before, after = of(first), of(second)
         return interval(value, standard_error(first, lambda block: after(block) - before(block)))
+
+    def value(self, judged: Judged) -> float:
+        """Its value over rows; NaN also where none of them weighs anything."""
+        return self.of(judged) if judged.sums.weight else math.nan
 
 
 def metrics_in(place: Place) -> list[Metric]:
@@ -166,9 +170,7 @@ def binary_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> B
 
 def metrics_of(judged: Judged) -> BinaryMetrics:
     """All metrics of rows; NaN where none of them weighs anything."""
-    values = {
-        metric.name: metric.of(judged) if judged.sums.weight else math.nan for metric in metrics_for(judged.groups)
-    }
+    values = {metric.name: metric.value(judged) for metric in metrics_for(judged.groups)}
     return BinaryMetrics(rows=judged.sums.rows, **values)
 
 
@@ -207,39 +209,20 @@ def _grouped(judged: Judged) -> tuple[Labels, Scores, NDArray[np.integer], Weigh
     return judged.labels, judged.logits, judged.groups, judged.weights
 
 
-def _logloss(judged: Judged) -> float:
-    return judged.sums.mean(judged.sums.logloss_sum)
+def _of_means(
+    name: str, label: str, caption: str, mean: OfMeans, places: Collection[Place] = (), **more: Any
+) -> Metric:
+    """A metric that is a function of the means of rows."""
+    value, influence = (lambda judged: float(mean(*judged.sums.means))), influence_on_means(mean)
+    return Metric(name, label, caption, value, places, influence=influence, **more)
 
 
-def _normalised_entropy(judged: Judged) -> float:
-    entropy = _entropy(judged.sums)
-    return _logloss(judged) / entropy if entropy > 0 else math.nan
+def _normalised_entropy(rate: Any, _right: Any, _prediction: Any, loss: Any) -> Any:
+    if not 0 < rate.real < 1:
+        return math.nan
+    return loss / -(rate * np.log(rate) + (1.0 - rate) * np.log(1.0 - rate))
 
 
-def _entropy(sums: MetricSums) -> float:
-    """Logloss of always predicting the click rate."""
-    rate = sums.mean(sums.clicks)
-    return -sum(p * math.log(p) for p in (rate, 1.0 - rate) if p > 0)
-
-
-def _ne_slopes(sums: MetricSums) -> tuple[float, ...]:
-    entropy, rate = _entropy(sums), sums.mean(sums.clicks)
-    by_rate = -sums.mean(sums.logloss_sum) / entropy**2 * math.log((1.0 - rate) / rate)
-    return (by_rate, 0.0, 0.0, 1.0 / entropy)
-
-
-def _calibration(judged: Judged) -> float:
-    sums = judged.sums
-    rate = sums.mean(sums.clicks)
-    return sums.mean(sums.prediction_sum) / rate if rate > 0 else math.nan
-
-
-def _calibration_slopes(sums: MetricSums) -> tuple[float, ...]:
-    rate = sums.mean(sums.clicks)
-    return (-sums.mean(sums.prediction_sum) / rate**2, 0.0, 1.0 / rate, 0.0)
-
-
-_CALIBRATION = "calibration: mean prediction / click rate"
 BEST, LOSS = "auc", "logloss"  # what the best checkpoint is chosen by; what a training lowers, and its log calls `loss`
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -247,46 +230,21 @@ METRICS: dict[str, Metric] = {
         Metric(
             BEST, "AUC", "AUC", _auc, {"log", "brief", "table"}, influence=influence_on_auc, largest=1, better="higher"
         ),
-        Metric(
-            LOSS,
-            "logloss",
-            "logloss, nats",
-            _logloss,
-            {"log", "brief", "table"},
-            influence=influence_on_means(lambda _: (0.0, 0.0, 0.0, 1.0)),
-            matters=0.0005,
-        ),
-        Metric(
-            "ne",
-            "NE",
-            "normalised entropy",
-            _normalised_entropy,
-            {"log", "bar", "table"},
-            influence=influence_on_means(_ne_slopes),
-            is_relative=True,
-        ),
-        Metric(
+        _of_means(LOSS, "logloss", "logloss, nats", lambda *of: of[3], {"log", "brief", "table"}, matters=0.0005),
+        _of_means("ne", "NE", "normalised entropy", _normalised_entropy, {"log", "bar", "table"}, is_relative=True),
+        _of_means(
             "calibration",
             "calibration",
-            _CALIBRATION,
-            _calibration,
+            "calibration: mean prediction / click rate",
+            lambda rate, _, prediction, __: prediction / rate if rate.real > 0 else math.nan,
             {"table"},
             digits=3,
             target=1.0,
-            influence=influence_on_means(_calibration_slopes),
             better="nearer",
             matters=0.01,
             is_relative=True,
         ),
-        Metric(
-            "accuracy",
-            "accuracy",
-            "accuracy",
-            lambda judged: judged.sums.mean(judged.sums.right),
-            influence=influence_on_means(lambda _: (0.0, 1.0, 0.0, 0.0)),
-            largest=1,
-            better="higher",
-        ),
+        _of_means("accuracy", "accuracy", "accuracy", lambda *of: of[1], largest=1, better="higher"),
         Metric(
             "gauc",
             "GAUC",
@@ -299,3 +257,5 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
+# Not in the list, since it judges no model: how often rows are clicked.
+CLICK_RATE = _of_means("click_rate", "click rate", "click rate", lambda rate, *_: rate, largest=1)

@@ -71,6 +71,11 @@ def show_number(value: float | None, digits: int = 5) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
+def show_p_value(p_value: float) -> str:
+    """Write how often chance makes as large a difference: `0.0312`, `<0.0001`."""
+    return "<0.0001" if p_value < 1e-4 else show_number(p_value, 4)
+
+
 def show_duration(seconds: float) -> str:
     """Show a duration by its two largest units: 45 s, 3 min 12 s, 2 h 5 min, 4 d 1 h."""
     minutes, rest_s = divmod(round(seconds), 60)

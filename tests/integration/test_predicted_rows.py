@@ -14,14 +14,14 @@ from torchdlrm import evaluate
 from torchdlrm.cli.evaluate import evaluate as evaluate_command
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError, LiveError, RunError, UserError
-from torchdlrm.evaluation.predictions import predicted_rows, write_predictions
+from torchdlrm.evaluation.predictions import Asked, predicted_rows, write_predictions
 from torchdlrm.evaluation.split_rows import UNKNOWN_VALUE
 from torchdlrm.judging.slices import slices
 
 
 @pytest.fixture(scope="module")
 def rows(small_run):
-    return predicted_rows(small_run, split="val+test", columns=["cat_0", "int_0", "label"])
+    return predicted_rows(small_run, Asked(split="val+test", columns=["cat_0", "int_0", "label"]))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_bundle_has_the_same_rows_found_by_itself(rows, small_bundle, small_ru
         predicted_rows(small_bundle)
     beside = tmp_path / "bundle"
     beside.symlink_to(small_bundle)
-    found = predicted_rows(small_bundle, dataset=small_dataset, split="val+test")
+    found = predicted_rows(small_bundle, Asked(dataset=small_dataset, split="val+test"))
     np.testing.assert_allclose(found.judged.logits, rows.judged.logits, atol=1e-5)
     assert (found.rows, found.about) == (rows.rows, rows.about)
     assert predicted_rows(small_run).rows != rows.rows
@@ -60,7 +60,7 @@ def test_a_bundle_has_the_same_rows_found_by_itself(rows, small_bundle, small_ru
 def test_what_is_written_is_read_as_it_was(rows, tmp_path, name):
     own = replace(rows, columns=rows.columns.drop("label"))
     write_predictions(own, tmp_path / name)
-    found = predicted_rows(tmp_path / name, columns=["cat_0", "int_0"], group="int_0")
+    found = predicted_rows(tmp_path / name, Asked(columns=["cat_0", "int_0"], group="int_0"))
     np.testing.assert_array_equal(found.judged.labels, rows.judged.labels)
     np.testing.assert_array_equal(found.judged.logits, rows.judged.logits)
     assert (found.rows, found.name, found.about) == (rows.rows, name, {"label": "label"})
@@ -131,17 +131,17 @@ def test_groups_of_a_dataset_are_its_ids_unless_they_are_none(small_run, small_d
         ),
     ):
         with pytest.raises(DatasetError, match=message):
-            predicted_rows(small_run, group=group)
+            predicted_rows(small_run, Asked(group=group))
     with pytest.raises(ConfigError, match="`label`: is not for a run"):
-        predicted_rows(small_run, label="click")
+        predicted_rows(small_run, Asked(label="click"))
     columns = small_dataset.schema.columns
     hashed = [column.model_copy(update={"hash": 50}) if column.name == "cat_1" else column for column in columns]
     with monkeypatch.context() as patched:
         patched.setattr(Dataset, "schema", small_dataset.schema.with_columns(hashed))
         with pytest.raises(DatasetError, match="`group`: cat_1 was hashed, so that values share an id"):
-            predicted_rows(small_run, group="cat_1")
+            predicted_rows(small_run, Asked(group="cat_1"))
         with pytest.raises(DatasetError, match="column cat_1 was hashed"):
-            predicted_rows(small_run, columns=["cat_1"])
+            predicted_rows(small_run, Asked(columns=["cat_1"]))
 
 
 def test_the_command_shows_intervals_and_writes_what_it_judged(small_run, dlrm, tmp_path):
@@ -170,7 +170,7 @@ def test_the_command_shows_intervals_and_writes_what_it_judged(small_run, dlrm, 
 
 def test_slices_are_those_of_the_rows_and_of_two_splits(rows, small_run, tmp_path, capsys):
     found = evaluate(small_run, split="val+test", by="cat_0, int_0*cat_1")["slices"]
-    columns = predicted_rows(small_run, split="val+test", columns=["cat_0", "int_0", "cat_1"]).columns
+    columns = predicted_rows(small_run, Asked(split="val+test", columns=["cat_0", "int_0", "cat_1"])).columns
     assert found == [part.as_json() for part in slices(rows.judged, columns, "cat_0,int_0*cat_1")]
     assert {part["name"] for part in found} >= {"cat_0 = others", "int_0*cat_1 = others"}
     evaluate_command(small_run, split="test", by="cat_0", against="val", as_json=True)

@@ -135,28 +135,19 @@ def test_a_sweep_that_was_killed_ends_as_one_that_was_not(swept, command, seed):
     }
 
 
-@pytest.mark.slow
-def test_twenty_trials_killed_five_times_are_those_of_an_uninterrupted_sweep(command, dlrm, seed):
-    whole = dlrm(*command("whole", 20))
-    assert whole.returncode == 0, whole.stderr
-    found = killed(command("killed-often", 20), 5, random.Random(seed))
-    assert without_times(found) == without_times(json.loads(whole.stdout))
-    assert len(found["trials"]) == 20
-
-
 def test_two_processes_share_the_trials(command):
-    args = command("shared", 6)
+    args = command("shared", 4)
     both = [Process(*args[1:], verb=("sweep",)) for _ in range(2)]
     for code, output in [process.wait() for process in both]:
         assert code == 0, output
     lines = [json.loads(line) for line in (args[args.index("--out") + 1] / "journal.log").read_text().splitlines()]
     ends = [line for line in lines if line["op_code"] == 6 and line["state"] != 0]  # states of trials, but for running
-    assert sorted(line["trial_id"] for line in ends) == [*range(6)]
+    assert sorted(line["trial_id"] for line in ends) == [*range(4)]
     assert len({line["worker_id"].split("-")[0] for line in ends}) == 2
 
 
 def test_the_trial_of_a_process_that_dies_is_taken_over(command):
-    args = command("taken-over", 4)
+    args = command("taken-over", 3)
     journal = args[args.index("--out") + 1] / "journal.log"
 
     def states():
@@ -168,7 +159,7 @@ def test_the_trial_of_a_process_that_dies_is_taken_over(command):
     first.kill_all()
     code, output = second.wait()
     assert code == 0, output
-    assert sorted(trial for trial, state in states() if state != 0) == [0, 1, 2, 3]
+    assert sorted(trial for trial, state in states() if state != 0) == [0, 1, 2]
 
 
 def test_another_sweep_in_the_same_folder_is_refused_with_both_values(swept, command, dlrm, tmp_path):

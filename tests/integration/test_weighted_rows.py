@@ -18,6 +18,7 @@ from torchdlrm.data.dataset import Dataset, oldest_version
 from torchdlrm.errors import DatasetError, LogError, RunError
 from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate
+from torchdlrm.evaluation.predictions import Asked
 from torchdlrm.evaluation.split_rows import predict_split
 from torchdlrm.exporting.export import export
 from torchdlrm.features.schema_file import load_schema
@@ -171,7 +172,7 @@ def test_the_loss_is_the_sum_of_weighted_losses_over_the_rows(dataset, negative_
 
 def predicted(run, split):
     trained = Run.open(run)
-    return predict_split(trained, trained.open_dataset(), split)[1]
+    return predict_split(trained, trained.open_dataset(), Asked(split=split))[1]
 
 
 def judged(labels, logits, weights):

@@ -70,7 +70,7 @@ def evaluate(
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
     """
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_rows
-    from torchdlrm.evaluation.predictions import kind_of_source
+    from torchdlrm.evaluation.predictions import Asked, kind_of_source
     from torchdlrm.judging.slices import columns_of
 
     own, names = _sharding_keys(sharding), [name.strip() for name in columns.split(",") if name.strip()]
@@ -114,7 +114,7 @@ def evaluate(
         trained = Run.open(source)
         encoded = trained.open_dataset(dataset)
         trained.shape(encoded, **vars(own_model))
-        check_columns(encoded, split, (named, group))
+        check_columns(encoded, Asked(split=split, columns=named, group=group))
     warn_of_crowding(processes)
     job = partial(job, sharding=sharding_elsewhere(trained.config).model_copy(update=own), pictures=True)
     result: dict[str, Any] | None = launch(drawn, job, processes=processes)

@@ -12,7 +12,7 @@ from torchdlrm.cli.options import Json, NotNegative, OwnModel, Positive
 from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say_facts, warn
 from torchdlrm.errors import UserError
 from torchdlrm.folders import expect, kind_of
-from torchdlrm.units import show_number
+from torchdlrm.units import show_number, show_p_value
 
 
 def importance(
@@ -80,7 +80,7 @@ def importance(
             METRICS[LOSS].label: loss,
             "interval": f"{low} to {high}",
             METRICS[BEST].label: f"{changes[BEST].difference:+.5f}",
-            "p": f"{changes[LOSS].p_value_corrected:.4f}",
+            "p": show_p_value(changes[LOSS].p_value_corrected),
         }
         rows.append(cells | {"used": "yes" if changes[LOSS].verdict == "worse" else "-"})
     print_table(f"change where a feature has other rows' values: {found.rows:,} rows of {split}, p by Holm", rows)

@@ -87,7 +87,11 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
     ]
     print_table("checkpoints", rows, left_aligned=("files",))
     for name, result in content["evaluations"].items():
-        brief = (f"{metric.label} {show_number(result.get(metric.name), 4)}" for metric in metrics_in("brief"))
+        ends = {of: pair for of, pair in result.get("intervals", {}).items() if pair}
+        shown = {of: f" ({' to '.join(show_number(end, 4) for end in pair)})" for of, pair in ends.items()}
+        brief = (
+            f"{of.label} {show_number(result.get(of.name), 4)}{shown.get(of.name, '')}" for of in metrics_in("brief")
+        )
         say(f"evaluated {name}: {', '.join(brief)}")
     look_at(content["judgements"])
 

@@ -71,7 +71,7 @@ def print_table(
     if not rows:
         return
 
-    def table_of(columns: Sequence[str]) -> Table:
+    def table_of(columns: Sequence[str], *, is_narrow: bool = False) -> Table:
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.expand, table.padding = bool(cut), 0 if cut else (0, 1, 0, 0)
         for index, name in enumerate(columns):
@@ -79,8 +79,8 @@ def print_table(
             table.add_column(
                 name,
                 justify="left" if index == 0 or is_text else "right",
-                # The first column says which row it is: it does not give way either.
-                no_wrap=index == 0 or name not in left_aligned,
+                # The first column says which row it is: where there is room without others, it does not give way.
+                no_wrap=not is_narrow if index == 0 else name not in left_aligned,
                 ratio=1 if name in cut else None,
             )
         for row in rows:
@@ -90,7 +90,7 @@ def print_table(
     columns = columns or list(rows[0])
     table = table_of(columns)
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        table = table_of([name for name in columns if name not in droppable])
+        table = table_of([name for name in columns if name not in droppable], is_narrow=not cut)
     console.print(table)
 
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 from torchdlrm.config import DeviceChoice
 from torchdlrm.errors import ConfigError, DatasetError
-from torchdlrm.evaluation.predictions import TAKES, PredictedRows, kind_of_source, predicted_rows
+from torchdlrm.evaluation.predictions import TAKES, Asked, PredictedRows, kind_of_source, predicted_rows
 from torchdlrm.folders import kind_of
 from torchdlrm.judged import Judged
 from torchdlrm.judging.comparison import Comparison
@@ -79,6 +79,17 @@ def compare(
     named = named_sources(candidates)
     kinds = {_path(source): kind_of_source(_path(source)) for source in chain(*named.values())}
     taken = {name for kind in kinds.values() for name in TAKES[kind]}
+    asked = Asked(
+        dataset=dataset,
+        split=split,
+        columns=columns_of(by) if by else (),
+        group=group,
+        label=label,
+        weight=weight,
+        model_class=model_class,
+        allow_changed_model_class=allow_changed_model_class,
+        device=device,
+    )
     known: list[tuple[Path, int, str]] = []  # of each source how many rows it has, and which
     sliced = {_path(sources[0]): name for name, sources in named.items()}
     first: list[PredictedRows] = []
@@ -86,13 +97,10 @@ def compare(
 
     def predict(source: Source) -> PredictedRows | None:
         path = _path(source)
-        options: dict[str, Any] = {"dataset": dataset, "split": split, "label": label, "weight": weight}
         # Each is for those that take it; what none does is refused.
-        options = {name: value for name, value in options.items() if name in TAKES[kinds[path]] or name not in taken}
-        if _has_model_class(path):
-            options |= {"model_class": model_class, "allow_changed_model_class": allow_changed_model_class}
-        options["columns"] = columns_of(by) if by and not known else ()
-        return predicted_rows(source, group=group, device=device, progress=listener, **options)
+        others = {*taken} - {*TAKES[kinds[path]]} | ({"columns"} if known else set())
+        others |= set() if _has_model_class(path) else {"model_class", "allow_changed_model_class"}
+        return predicted_rows(source, asked.without(others), listener)
 
     def read(source: Source) -> Judged:
         path, rows = _path(source), predict(source)

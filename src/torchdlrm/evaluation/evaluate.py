@@ -1,9 +1,7 @@
 """Evaluates predicted rows: exact metrics that count every row once, or as often as it weighs, and how sure each is."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,7 @@ import numpy as np
 from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.evaluation.pictures import picture_of
-from torchdlrm.evaluation.predictions import OWN_COLUMNS, predicted_rows, write_predictions
+from torchdlrm.evaluation.predictions import OWN_COLUMNS, Asked, predicted_rows, write_predictions
 from torchdlrm.judging.slices import columns_of, slices
 from torchdlrm.metrics import BinaryMetrics, estimates
 from torchdlrm.prediction.scores_out import check_name
@@ -99,24 +97,23 @@ def evaluate(
     if against is not None and by is None:
         msg = "`against`: compares slices; say with `by` which"
         raise ConfigError(msg)
+    asked = Asked(
+        dataset=dataset,
+        split=split,
+        columns=list(dict.fromkeys([*columns, *(columns_of(by) if by else ())])),
+        group=group,
+        label=label,
+        weight=weight,
+        checkpoint=checkpoint,
+        model_class=model_class,
+        allow_changed_model_class=allow_changed_model_class,
+        batch_size_global=batch_size_global,
+        device=device,
+        sharding=sharding,
+    )
     with watched(progress) as listener:
-        read = partial(
-            predicted_rows,
-            source,
-            dataset=dataset,
-            columns=list(dict.fromkeys([*columns, *(columns_of(by) if by else ())])),
-            group=group,
-            checkpoint=checkpoint,
-            model_class=model_class,
-            allow_changed_model_class=allow_changed_model_class,
-            batch_size_global=batch_size_global,
-            device=device,
-            sharding=sharding,
-            label=label,
-            weight=weight,
-            progress=listener,
-        )
-        rows, before = read(split=split), None if against is None else read(split=against)
+        rows = predicted_rows(source, asked, listener)
+        before = None if against is None else predicted_rows(source, replace(asked, split=against), listener)
     if rows is None:
         return None
     if out is not None:
@@ -127,10 +124,8 @@ def evaluate(
     counted = {"clicks": int(np.count_nonzero(judged.labels))}
     if judged.groups is not None:
         counted["groups"] = int(np.count_nonzero(np.bincount(judged.groups)))
-    intervals = {
-        name: None if math.isnan(estimate.low) else [estimate.low, estimate.high] for name, estimate in found.items()
-    }
-    result = {**rows.about, **metrics.as_json(), **counted, "intervals": intervals}
+    intervals = {"intervals": {name: estimate.ends for name, estimate in found.items()}}
+    result = {**rows.about, **metrics.as_json(), **counted, **intervals}
     if by is not None:
         was = None if before is None else (before.judged, before.columns)
         result["slices"] = [part.as_json() for part in slices(judged, rows.columns, by, before=was)]

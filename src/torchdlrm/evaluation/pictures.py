@@ -15,7 +15,7 @@ from torchdlrm.judged import Judged
 from torchdlrm.judging.curves import curves
 from torchdlrm.judging.reliability import ReliabilityBin, reliability
 from torchdlrm.metrics import METRICS
-from torchdlrm.units import show_number
+from torchdlrm.units import show_number, show_p_value
 
 FOLDER = "pictures"  # in RUN/evaluation/, a file for each split
 
@@ -105,6 +105,6 @@ def difference_rows(found: Mapping[str, Any], metrics: Collection[str] = METRICS
             rows.append(
                 {"": name, "metric": METRICS[metric].label, "from 0": bar}
                 | dict(zip(("difference", "from", "to"), shown, strict=True))
-                | {"p": show_number(pair["p_value_corrected"], 4), "verdict": pair["verdict"]}
+                | {"p": show_p_value(pair["p_value_corrected"]), "verdict": pair["verdict"]}
             )
     return rows

@@ -12,8 +12,8 @@ each for weights and groups.  A file needs no torch.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,39 +102,41 @@ def kind_of_source(source: Path) -> SourceKind:
     return "run" if kind.name == "run" else "bundle"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a source, as for `torchdlrm.evaluate`; what its kind does not take has to be as it is here.
+
+    Attributes:
+        columns: of the log, by its name or the schema's; of a file its own.
+        split: the rows of several joined by + stand one after the other.
+    """
+
+    dataset: "Dataset | str | Path | None" = None
+    split: str = "test"
+    columns: Sequence[str] = ()
+    group: str | None = None
+    label: str | None = None
+    weight: str | None = None
+    checkpoint: str = "best"
+    model_class: "ModelClass | None" = None
+    allow_changed_model_class: bool = False
+    batch_size_global: int = 8192
+    device: DeviceChoice = "auto"
+    sharding: ShardingConfig | None = None
+
+    def without(self, names: Iterable[str]) -> "Asked":
+        """The same, but for these."""
+        return replace(self, **{name: getattr(Asked, name) for name in names})
+
+
 def predicted_rows(
-    source: "Run | Bundle | str | Path",
-    *,
-    dataset: "Dataset | str | Path | None" = None,
-    split: str = "test",
-    columns: Sequence[str] = (),
-    group: str | None = None,
-    checkpoint: str = "best",
-    model_class: "ModelClass | None" = None,
-    allow_changed_model_class: bool = False,
-    batch_size_global: int = 8192,
-    device: DeviceChoice = "auto",
-    sharding: ShardingConfig | None = None,
-    label: str | None = None,
-    weight: str | None = None,
-    progress: ProgressListener = SILENT,
+    source: "Run | Bundle | str | Path", asked: Asked = Asked(), progress: ProgressListener = SILENT
 ) -> PredictedRows | None:
     """Predicted rows of a source; on ranks other than 0 None.
 
     Args:
         source: a run, a bundle, the folder of a period of a live model, or a file.
-        dataset: as for `torchdlrm.evaluate`, like all that follows but these two.
-        split: likewise; the rows of several joined by + stand one after the other.
-        columns: of the log, by its name or the schema's; of a file its own.
-        group: another one: rows with the same value depend on each other, as those of one user.
-        checkpoint: of a run.
-        model_class: of a run or a bundle.
-        allow_changed_model_class: likewise.
-        batch_size_global: of a run.
-        device: of a run.
-        sharding: of a run.
-        label: of a file.
-        weight: of a file.
+        asked: of it.
         progress: receives the rows done.
 
     Raises:
@@ -143,37 +145,25 @@ def predicted_rows(
     if isinstance(source, str | Path):
         source = Path(source)
     kind = kind_of_source(source) if isinstance(source, Path) else "run" if hasattr(source, "checkpoints") else "bundle"
-    given = {"dataset": dataset, "sharding": sharding, "label": label, "weight": weight}
-    asked = {name for name, value in given.items() if value is not None}
-    asked |= {name for name, differs in (("split", split != "test"), ("checkpoint", checkpoint != "best")) if differs}
-    for name in sorted(asked - {*TAKES[kind]}):
-        msg = f"`{name}`: is not for a {kind}, which {source} is"
-        raise ConfigError(msg)
+    for name in sorted({name for names in TAKES.values() for name in names} - {*TAKES[kind]}):
+        if getattr(asked, name) != getattr(Asked, name):
+            msg = f"`{name}`: is not for a {kind}, which {source} is"
+            raise ConfigError(msg)
     if isinstance(source, Path) and kind == "period":
         names = pl.scan_parquet(source / SCORES_NAME).collect_schema().names()
         targets = names[: names.index(PREDICTION_COLUMN)]  # the label, and perhaps the weight
-        return _rows_of_file(source / SCORES_NAME, source.name, columns, group, *targets)
+        return _rows_of_file(source / SCORES_NAME, source.name, asked, *targets)
     if isinstance(source, Path) and kind == "file":
-        return _rows_of_file(source, source.name, columns, group, label, weight)
-    from torchdlrm.evaluation import split_rows  # noqa: PLC0415 - with torch
+        return _rows_of_file(source, source.name, asked, asked.label or "label", asked.weight)
+    from torchdlrm.evaluation.split_rows import rows_of_bundle, rows_of_run  # noqa: PLC0415 - with torch
 
-    how: dict[str, Any] = {
-        "model_class": model_class,
-        "allow_changed_model_class": allow_changed_model_class,
-        "progress": progress,
-    }
     model: Any = source  # of its kind
-    if kind == "bundle":
-        return split_rows.rows_of_bundle(model, dataset, split, (columns, group), **how)
-    how |= {"checkpoint": checkpoint, "batch_size_global": batch_size_global, "device": device, "sharding": sharding}
-    return split_rows.rows_of_run(model, dataset, split, (columns, group), **how)
+    return (rows_of_bundle if kind == "bundle" else rows_of_run)(model, asked, progress)
 
 
-def _rows_of_file(
-    path: Path, name: str, columns: Sequence[str], group: str | None, label: str | None, weight: str | None = None
-) -> PredictedRows:
+def _rows_of_file(path: Path, name: str, asked: Asked, label: str, weight: str | None = None) -> PredictedRows:
     """The rows of a file that have a label, a prediction, and a weight where there is such a column."""
-    label = label or "label"
+    columns, group = asked.columns, asked.group
     try:
         lazy = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema_length=None)
         there = lazy.collect_schema().names()
@@ -229,8 +219,12 @@ def write_predictions(rows: PredictedRows, out: Path) -> None:
     with writing_scores(out, "predictions") as writer:
         for block in [*judged.blocks()] or [slice(0, 0)]:
             logits = judged.logits[block].astype(np.float64)
-            own = [np.arange(block.start, block.stop), judged.labels[block].astype(np.int8), judged.weights]
-            own[2] = None if judged.weights is None else judged.weights[block]
-            own += [np.exp(-np.logaddexp(0.0, -logits)).astype(np.float32), logits.astype(np.float32)]
-            series = [pl.Series(name, of) for name, of in zip(OWN_COLUMNS, own, strict=True) if of is not None]
-            writer.write(pl.DataFrame([series[0], *rows.columns[block], *series[1:]]))
+            own = [
+                np.arange(block.start, block.stop),
+                judged.labels[block].astype(np.int8),
+                None if judged.weights is None else judged.weights[block],
+                np.exp(-np.logaddexp(0.0, -logits)).astype(np.float32),
+                logits.astype(np.float32),
+            ]
+            row, *series = (pl.Series(name, of) for name, of in zip(OWN_COLUMNS, own, strict=True) if of is not None)
+            writer.write(pl.DataFrame([row, *rows.columns[block], *series]))

@@ -4,24 +4,23 @@ The machine need not be the one that trained, nor one that could: no state of an
 to send or multiply it faster, and the tables are planned again for the processes that are there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.served_model import ServedModel, predict_by_model
-from torchdlrm.config import Config, DeviceChoice, ShardingConfig
+from torchdlrm.config import Config, ShardingConfig
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import ConfigError, DatasetError, RunError
-from torchdlrm.evaluation.predictions import MOST_UNKNOWN, PredictedRows
+from torchdlrm.evaluation.predictions import MOST_UNKNOWN, Asked, PredictedRows
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.judged import Judged
 from torchdlrm.loader.loader import Loader
-from torchdlrm.model.model_class import ModelClass, reported
+from torchdlrm.model.model_class import reported
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
@@ -34,33 +33,26 @@ from torchdlrm.training.sharded import build_empty_model
 
 UNKNOWN_VALUE = "(unknown)"  # of a feature: its values without an id
 
-Asked = tuple[Sequence[str], str | None]  # columns, and that of the groups
 _Column = DenseColumn | SparseColumn | LabelColumn | WeightColumn
 
 
-def rows_of_run(
-    run: Run | Path, dataset: Dataset | str | Path | None, split: str, asked: Asked, **how: Any
-) -> PredictedRows | None:
-    """The rows of a split as a checkpoint of a run predicts them; `how` is that of `predict_split`."""
+def rows_of_run(run: Run | Path, asked: Asked, progress: ProgressListener) -> PredictedRows | None:
+    """The rows of a split as a checkpoint of a run predicts them."""
     trained = run if isinstance(run, Run) else Run.open(run)
-    encoded = trained.open_dataset(dataset)
-    check_columns(encoded, split, asked)
-    chosen, predictions = predict_split(trained, encoded, split, **how)
-    return None if predictions is None else _rows(trained.path, encoded, split, asked, predictions, chosen)
+    encoded = trained.open_dataset(asked.dataset)
+    chosen, predictions = predict_split(trained, encoded, asked, progress)
+    return None if predictions is None else _rows(trained.path, encoded, asked, predictions, chosen)
 
 
-def rows_of_bundle(
-    bundle: Bundle | Path, dataset: Dataset | str | Path | None, split: str, asked: Asked, **how: Any
-) -> PredictedRows:
-    """The rows of a split as a bundle predicts them; `how` is that of `Bundle.open`."""
+def rows_of_bundle(bundle: Bundle | Path, asked: Asked, progress: ProgressListener) -> PredictedRows:
+    """The rows of a split as a bundle predicts them."""
     if not isinstance(bundle, Bundle):
-        bundle = Bundle.open(bundle, **how)
-    encoded = dataset_of(bundle, dataset)
-    check_columns(encoded, split, asked)
-    predictions = predict_by_bundle(bundle, encoded, split, how["progress"])
-    source = bundle.manifest.source
-    chosen = ChosenCheckpoint(source.step, source.checkpoint or "step")
-    return _rows(bundle.path, encoded, split, asked, predictions, chosen)
+        how = (asked.model_class, asked.allow_changed_model_class)
+        bundle = Bundle.open(bundle, model_class=how[0], allow_changed_model_class=how[1], progress=progress)
+    encoded, source = dataset_of(bundle, asked.dataset), bundle.manifest.source
+    check_columns(encoded, asked)
+    predictions = predict_by_bundle(bundle, encoded, asked.split, progress)
+    return _rows(bundle.path, encoded, asked, predictions, ChosenCheckpoint(source.step, source.checkpoint or "step"))
 
 
 def dataset_of(bundle: Bundle, dataset: Dataset | str | Path | None) -> Dataset:
@@ -95,44 +87,34 @@ def predict_by_bundle(
 
 
 def predict_split(
-    run: Run,
-    dataset: Dataset,
-    split: str,
-    *,
-    model_class: ModelClass | None = None,
-    allow_changed_model_class: bool = False,
-    checkpoint: str = "best",
-    batch_size_global: int = 8192,
-    device: DeviceChoice = "auto",
-    sharding: ShardingConfig | None = None,
-    progress: ProgressListener = SILENT,
+    run: Run, dataset: Dataset, asked: Asked, progress: ProgressListener = SILENT
 ) -> tuple[ChosenCheckpoint, Predictions | None]:
     """The checkpoint that was chosen, and on rank 0 the labels, logits and weights of a split, in its order."""
-    check_columns(dataset, split, ((), None))
-    shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
-    config = run.config.model_copy(update={"sharding": sharding or sharding_elsewhere(run.config)})
+    check_columns(dataset, asked)
+    shape = run.shape(dataset, asked.model_class, allow_changed_model_class=asked.allow_changed_model_class)
+    config = run.config.model_copy(update={"sharding": asked.sharding or sharding_elsewhere(run.config)})
 
     def describe() -> Settings:
-        asked = {"`split`": split, "`checkpoint`": checkpoint, "`batch_size_global`": str(batch_size_global)}
-        ours = {name: Setting(value, value) for name, value in asked.items()}
+        same = {name: str(getattr(asked, name)) for name in ("split", "checkpoint", "batch_size_global")}
+        ours = {f"`{name}`": Setting(value, value) for name, value in same.items()}
         return {**settings_of(config, dataset, shape.architecture, restart=False), **ours}
 
-    with join_process_group(config.train.timeout_s, describe, device=device, setting="`device`") as ranks:
+    with join_process_group(config.train.timeout_s, describe, device=asked.device, setting="`device`") as ranks:
         model = build_empty_model(config, shape, num_embeddings=dataset.num_embeddings, ranks=ranks)
-        chosen = find_checkpoint(run.checkpoints, checkpoint)
+        chosen = find_checkpoint(run.checkpoints, asked.checkpoint)
         Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
         loaders = [
             Loader(
                 dataset,
                 name,
-                batch_size_global=batch_size_global,
+                batch_size_global=asked.batch_size_global,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 model=config.model,
                 pin_memory=ranks.device.type == "cuda",
                 all_gather=ranks.all_gather,
             )
-            for name in split.split("+")
+            for name in asked.split.split("+")
         ]
         listener = progress if ranks.is_first else SILENT
         listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
@@ -165,60 +147,57 @@ def sharding_elsewhere(config: Config) -> ShardingConfig:
     return ShardingConfig(reserved_fraction=trained.reserved_fraction, cache_fraction=trained.cache_fraction)
 
 
-def check_columns(dataset: Dataset, split: str, asked: Asked) -> tuple[list[_Column], str | None]:
-    """The columns of a dataset that are asked for by their names in the log or in the schema, and that of the groups.
+def check_columns(dataset: Dataset, asked: Asked) -> dict[str, _Column]:
+    """The columns of a dataset, and that of the groups, by what was asked for: names in the log or in the schema.
 
     Raises:
         DatasetError: it does not have them, or what it has of the values makes no groups.
         ConfigError: a split is named twice.
     """
-    schema, splits = dataset.schema, split.split("+")
+    schema, splits = dataset.schema, asked.split.split("+")
     if len({*splits}) < len(splits):
-        msg = f"`split`: {split} names a split twice, and each row counts once; name each once"
+        msg = f"`split`: {asked.split} names a split twice, and each row counts once; name each once"
         raise ConfigError(msg)
     for name in splits:
         Loader(dataset, name)  # refuses what is not there, or is empty
     stored = [column for column in (*schema.labels, schema.weight, *schema.dense, *schema.sparse) if column is not None]
     named: dict[str, _Column] = {column.log_name: column for column in stored}
     named |= {column.name: column for column in stored}
-    groups = [] if asked[1] is None else [("group", asked[1])]
-    for argument, name in [*(("columns", name) for name in asked[0]), *groups]:
+    groups = [] if asked.group is None else [asked.group]
+    for name, is_group in [*((name, False) for name in asked.columns), *((name, True) for name in groups)]:
         column, why = named.get(name), ""
         if column is None:
             why = f"is not in {dataset.path}, which has {', '.join(of.name for of in stored)}"
         elif not isinstance(column, SparseColumn):
-            why = "is no category" if argument == "group" else ""
+            why = "is no category" if is_group else ""
         elif column.hash is not None or column.is_multi_valued:
             why = "has several values a row" if column.hash is None else "was hashed, so that values share an id"
-        elif argument == "group":
-            records = [record for part, record in dataset.manifest.splits.items() if part in splits]
-            unknown = max(record.unknown_rate(column.name) for record in records)
-            why = f"has no id for {unknown:.1%} of its values in {split}, which are no group"
-            why = why if unknown > MOST_UNKNOWN else ""
+        elif is_group:
+            unknown = max(
+                of.unknown_rate(column.name) for part, of in dataset.manifest.splits.items() if part in splits
+            )
+            if unknown > MOST_UNKNOWN:
+                why = f"has no id for {unknown:.1%} of its values in {asked.split}, which are no group"
         if why:
             remedy = f"dlrm predict BUNDLE LOG --columns label,{name} --out p.parquet"
-            what = "`group`:" if argument == "group" else "column"
-            msg = f"{what} {name} {why}; `{remedy}` writes a log's values beside its predictions, and p.parquet "
-            msg += "can be given in place of the model"
+            msg = f"{'`group`:' if is_group else 'column'} {name} {why}; `{remedy}` writes a log's values beside its "
+            msg += "predictions, and p.parquet can be given in place of the model"
             raise DatasetError(msg)
-    return [named[name] for name in asked[0]], None if asked[1] is None else named[asked[1]].name
-
-
-def _frames(dataset: Dataset, split: str, columns: Sequence[str] | None = None) -> Iterator[pl.DataFrame]:
-    for name in split.split("+"):
-        yield from rows_of_split(dataset, name, columns=columns)
+    return {name: named[name] for name in (*asked.columns, *groups)}
 
 
 def _rows(
-    path: Path, dataset: Dataset, split: str, asked: Asked, predictions: Predictions, chosen: ChosenCheckpoint
+    path: Path, dataset: Dataset, asked: Asked, predictions: Predictions, chosen: ChosenCheckpoint
 ) -> PredictedRows:
-    columns, group = check_columns(dataset, split, asked)
-    needed = [*dict.fromkeys([*(column.name for column in columns), *([group] if group else [])])]
-    encoded = pl.concat(_frames(dataset, split, needed)) if needed else pl.DataFrame()
-    groups = encoded[group].to_numpy() if group else None
+    columns, encoded = check_columns(dataset, asked), pl.DataFrame()
+    if columns:
+        needed = list({column.name: None for column in columns.values()})
+        splits = asked.split.split("+")
+        encoded = pl.concat(of for split in splits for of in rows_of_split(dataset, split, columns=needed))
+    groups = None if asked.group is None else encoded[columns[asked.group].name].to_numpy()
     judged = Judged.of(predictions.labels.astype(np.uint8), predictions.logits, predictions.weights, groups)
-    raw = encoded.select(_raw(dataset, column).alias(name) for name, column in zip(asked[0], columns, strict=True))
-    about = {"split": split, "label": dataset.label_name, "step": chosen.step, "checkpoint": chosen.kind}
+    raw = encoded.select(_raw(dataset, columns[name]).alias(name) for name in asked.columns)
+    about = {"split": asked.split, "label": dataset.label_name, "step": chosen.step, "checkpoint": chosen.kind}
     return PredictedRows.of(path.resolve().name, judged, raw, about)
 
 

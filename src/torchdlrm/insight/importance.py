@@ -21,6 +21,7 @@ from torchdlrm.bundle.manifest import MANIFEST_NAME
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import ConfigError
+from torchdlrm.evaluation.predictions import Asked
 from torchdlrm.evaluation.split_rows import check_columns, dataset_of
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
@@ -79,7 +80,7 @@ def importance(
         compared |= {f"without {name}": [name] for pattern in features for name in _found("features", names, pattern)}
         for group, patterns in (groups or {}).items():
             compared[f"without {group}"] = [name for pattern in patterns for name in _found("groups", names, pattern)]
-        check_columns(rows, split, ((), None))
+        check_columns(rows, Asked(split=split))
         frame, model = _drawn(rows, split, max_rows, rng), ServedModel(bundle)
         order, (labels, *weights) = (
             rng.permutation(frame.height),

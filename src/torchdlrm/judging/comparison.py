@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchdlrm.metrics import METRICS
 from torchdlrm.notebook import notebook_view
-from torchdlrm.units import show_count, show_number
+from torchdlrm.units import show_count, show_number, show_p_value
 
 if TYPE_CHECKING:
     from torchdlrm.judging.slices import Slice
@@ -112,8 +112,8 @@ class Difference:
         return "-" if math.isnan(value) else f"{value:{sign}.{digits}f}"
 
     def __str__(self) -> str:
-        p = "p < 0.0001" if self.p_value_corrected < 1e-4 else f"p = {self.p_value_corrected:.4f}"
         low, high = map(self.shown, self.interval)
+        p = f"p = {show_p_value(self.p_value_corrected)}".replace("= <", "< ")
         return f"{self.shown(self.difference)}, from {low} to {high}, {p}"
 
 
@@ -198,7 +198,7 @@ class Comparison:
                     "difference": found.shown(found.difference),
                     "interval": " to ".join(map(found.shown, found.interval)),
                     **{of: found.shown(error, "") for of, error in errors.items()},
-                    "p": show_number(found.p_value_corrected, 4),
+                    "p": show_p_value(found.p_value_corrected),
                     "verdict": found.verdict.brief,
                 }
             )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchdlrm.judged import Judged
+from torchdlrm.judging.reliability import sums_between
 from torchdlrm.ranks import Scores
 
 _THRESHOLDS, _SAMPLE_ROWS = 190, 1 << 20
@@ -50,25 +51,21 @@ def curves(judged: Judged) -> Curves | None:
     classes = [of for of in (logits[clicked], logits[~clicked]) if of.size]
     thresholds = np.unique([np.quantile(of, steps, method="nearest") for of in classes])
     # At or above each threshold, from the largest to the least, and then all rows.
-    others, clicks = np.cumsum(_weights_between(judged, thresholds)[:, ::-1], axis=1)
+    others, clicks = np.cumsum(_of_classes(judged, thresholds)[:, ::-1], axis=1)
     low, high = np.clip(np.quantile(logits, [0.001, 0.999], method="nearest"), -_MOST_SURE, _MOST_SURE)
     edges = np.linspace(math.floor(low), math.ceil(high) if high > math.floor(low) else low + 1, _BINS + 1)
-    of_class = _weights_between(judged, edges[1:-1].astype(judged.logits.dtype))
+    of_class = _of_classes(judged, edges[1:-1].astype(judged.logits.dtype))
     of_others, of_clicked = of_class / of_class.sum(axis=1, keepdims=True)
     return Curves(
         [(0.0, 0.0), *zip((others / others[-1]).tolist(), (clicks / clicks[-1]).tolist(), strict=True)],
         edges.tolist(),
         of_clicked.tolist(),
         of_others.tolist(),
-        sums.mean(sums.clicks),
+        sums.means[0],
     )
 
 
-def _weights_between(judged: Judged, cuts: Scores) -> NDArray[np.float64]:
+def _of_classes(judged: Judged, cuts: Scores) -> NDArray[np.float64]:
     """What the rows without and with a click weigh between each two of K cuts: float64 [2, K + 1]."""
-    found = np.zeros(2 * (cuts.size + 1))
-    for block in judged.blocks():
-        place = np.searchsorted(cuts, judged.logits[block], side="right")
-        place += np.where(judged.labels[block] != 0, cuts.size + 1, 0)
-        found += np.bincount(place, None if judged.weights is None else judged.weights[block], found.size)
-    return found.reshape(2, -1)
+    _, weight, clicks, *_ = sums_between(judged, cuts)
+    return np.stack([weight - clicks, clicks])

@@ -121,7 +121,7 @@ class _Measure:
 
     def add(self, judged: Judged) -> None:
         """Take one model's predictions."""
-        value = self.metric.of(judged) if judged.sums.weight else math.nan
+        value = self.metric.value(judged)
         self.values.append(value)
         if self.metric.influence is None or math.isnan(value):
             self._variances.append(math.nan)

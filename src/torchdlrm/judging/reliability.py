@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchdlrm.judged import NORMAL_95, Estimate, Influence, Judged, standard_error
+from torchdlrm.ranks import Scores
 
 NUM_BINS = 20
 _NUM_DRAWS, _NUM_TRUTHS, _SEED = 1_000, 25, 0
@@ -81,16 +82,23 @@ def reliability(judged: Judged, num_bins: int = NUM_BINS) -> Reliability:
     )
 
 
-def reliability_of_slices(judged: Judged, codes: NDArray[np.integer], num_bins: int = NUM_BINS) -> list[Reliability]:
-    """The reliability of each slice: codes are 0 to C - 1, each of some rows; negative where a row is in none [N]."""
-    return [reliability(rows_of(judged, codes == code), num_bins) for code in range(int(codes.max(initial=-1)) + 1)]
-
-
 def rows_of(judged: Judged, rows: NDArray[np.bool_] | NDArray[np.integer] | slice) -> Judged:
     """Some of the rows."""
     weights = None if judged.weights is None else judged.weights[rows]
     groups = None if judged.groups is None else judged.groups[rows]
     return Judged.of(judged.labels[rows], judged.logits[rows], weights, groups)
+
+
+def sums_between(judged: Judged, cuts: Scores) -> NDArray[np.float64]:
+    """Over the rows between each two of K cuts of the logit, the sums that `Bins` has: float64 [5, K + 1]."""
+    sums = np.zeros((5, cuts.size + 1))
+    for block in judged.blocks():
+        place = np.searchsorted(cuts, judged.logits[block], side="right")
+        logit, clicked = judged.logits[block].astype(np.float64), judged.labels[block] != 0
+        weight = np.ones(logit.size) if judged.weights is None else judged.weights[block].astype(np.float64)
+        parts = (weight > 0, weight, weight * clicked, weight * np.exp(-np.logaddexp(0.0, -logit)), weight * logit)
+        sums += [np.bincount(place, part, cuts.size + 1) for part in parts]
+    return sums
 
 
 class Bins(NamedTuple):
@@ -110,13 +118,7 @@ class Bins(NamedTuple):
         ordered = np.sort(judged.logits)
         edges = np.unique(ordered[np.arange(1, num_bins) * ordered.size // num_bins])
         edges = edges[edges > ordered[0]]
-        bounds, sums = np.array([-math.inf, *edges, math.inf]), np.zeros((5, edges.size + 1))
-        for block in judged.blocks():
-            place = np.searchsorted(edges, judged.logits[block], side="right")
-            logit, clicked = judged.logits[block].astype(np.float64), judged.labels[block] != 0
-            weight = np.ones(logit.size) if judged.weights is None else judged.weights[block].astype(np.float64)
-            parts = (weight > 0, weight, weight * clicked, weight * np.exp(-np.logaddexp(0.0, -logit)), weight * logit)
-            sums += [np.bincount(place, part, edges.size + 1) for part in parts]
+        bounds, sums = np.array([-math.inf, *edges, math.inf]), sums_between(judged, edges)
         return cls(*np.vstack([bounds[:-1], bounds[1:], sums])[:, sums[1] > 0])
 
     def influence(self, judged: Judged, place: int) -> Influence:

@@ -18,12 +18,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.judged import Estimate, Judged, influence_on_means, interval, standard_error
+from torchdlrm.judged import Estimate, Judged, interval
 from torchdlrm.judging.comparison import LEVEL
 from torchdlrm.judging.paired import holm
 from torchdlrm.judging.reliability import rows_of
-from torchdlrm.metrics import METRICS, Metric, metrics_in
-from torchdlrm.units import show_number
+from torchdlrm.metrics import CLICK_RATE, METRICS, Metric, metrics_in
+from torchdlrm.units import show_number, show_p_value
 
 MIN_ROWS, MIN_CLICKS = 200, 30  # of a slice; as many clicks, and other rows, as the click rate of all rows makes expect
 MOST_SLICES = 20  # of a way to slice, besides all other rows
@@ -60,7 +60,7 @@ class Slice:
         found = {**vars(self), **{name: of.value for name, of in self.estimates.items()}}
         found = {name: None if isinstance(of, float) and not math.isfinite(of) else of for name, of in found.items()}
         estimates = found.pop("estimates").items()
-        intervals = {name: None if math.isnan(of.low) else [of.low, of.high] for name, of in estimates}
+        intervals = {name: of.ends for name, of in estimates}
         before = self.before and self.before.as_json()
         return {**found, "is_worse": self.p_value < LEVEL, "intervals": intervals, "before": before}
 
@@ -121,17 +121,20 @@ def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         value, before = show_number(part[name], digits), part["before"]
         return f"{show_number(before[name], digits)} → {value}" if before else f"{value} ±{(high - low) / 2:.{digits}f}"
 
-    columns = {"click_rate": "click rate", **{metric.name: metric.label for metric in metrics_in("table")}}
     return [
         {
             "slice": part["name"],
             "rows": f"{part['rows']:,}",
-            **{label: cell(part, name) for name, label in columns.items()},
-            "p": f"{part['p_value']:.4f}" if part["p_value"] >= 1e-4 else "<0.0001",
+            **{metric.label: cell(part, metric.name) for metric in _shown()},
+            "p": show_p_value(part["p_value"]),
             "worse by": METRICS[part["worst"]].label if part["is_worse"] else "",
         }
         for part in found
     ]
+
+
+def _shown() -> list[Metric]:
+    return [CLICK_RATE, *metrics_in("table")]
 
 
 def _z(metric: Metric, parts: Sequence[Slice], earlier: Sequence[Slice], *, is_difference: bool) -> _Floats:
@@ -183,15 +186,12 @@ def _measured(names: Sequence[str], places: _Places, judged: Judged, first: Judg
     """The slices with their estimates, which are differences where there is a first model."""
     order, found = np.argsort(places, kind="stable"), []
     ends = np.cumsum(np.bincount(places, minlength=len(names)))
-    rate_moves = influence_on_means(lambda _: (1.0, 0.0, 0.0, 0.0))
     for name, rows in zip(names, np.split(order, ends[:-1]), strict=True):
         part, was = rows_of(judged, rows), None if first is None else rows_of(first, rows)
-        estimates = dict.fromkeys(["click_rate", *(m.name for m in metrics_in("table"))], interval(math.nan, math.nan))
-        if part.sums.weight:
-            rate = part.sums.mean(part.sums.clicks)
-            estimates["click_rate"] = interval(rate, standard_error(part, rate_moves(part)), 0.0, 1.0)
-        for metric in metrics_in("table") if rows.size >= _least_rows(judged) else ():
-            estimates[metric.name] = metric.estimate(part) if was is None else metric.difference(was, part)
+        estimates = dict.fromkeys((metric.name for metric in _shown()), interval(math.nan, math.nan))
+        for metric in _shown() if rows.size >= _least_rows(judged) else (CLICK_RATE,):
+            is_alone = was is None or metric is CLICK_RATE
+            estimates[metric.name] = metric.estimate(part) if is_alone else metric.difference(was or part, part)
         found.append(Slice(name, rows.size, rows.size / max(1, order.size), estimates))
     return found
 

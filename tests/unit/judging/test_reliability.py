@@ -7,7 +7,7 @@ from sklearn.calibration import calibration_curve
 
 from torchdlrm import judged as judged_module
 from torchdlrm.judged import Judged
-from torchdlrm.judging.reliability import reliability, reliability_of_slices
+from torchdlrm.judging.reliability import reliability
 
 
 def probabilities_of(logits):
@@ -73,15 +73,11 @@ def test_an_error_by_chance_is_what_right_predictions_have_and_the_interval_hold
     assert min(held, held_0) >= 53
 
 
-def test_blocks_change_nothing_and_slices_are_judged_by_themselves(seed, monkeypatch):
+def test_blocks_change_nothing(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     labels, logits = drawn(rng, 3_000)
-    weights, codes = rng.random(3_000).astype(np.float32), rng.integers(-1, 3, 3_000)
+    weights = rng.random(3_000).astype(np.float32)
     whole = reliability(Judged.of(labels, logits, weights))
-    slices = reliability_of_slices(Judged.of(labels, logits, weights), codes)
-    for code, found in enumerate(slices):
-        rows = codes == code
-        assert found == reliability(Judged.of(labels[rows], logits[rows], weights[rows]))
     monkeypatch.setattr(judged_module, "_BLOCK_ROWS", 700)
     again = reliability(Judged.of(labels, logits, weights))
     np.testing.assert_allclose(again.bins, whole.bins, rtol=1e-9)
