@@ -8,13 +8,14 @@ journal, in the middle of a line each time. Prints both, and says whether all bu
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from torchdlrm import preprocess, synthesize
 from torchdlrm.features.schema import criteo_schema
@@ -55,7 +56,7 @@ def main() -> None:
         (folder / "config.toml").write_text(CONFIG)
         (folder / "space.toml").write_text(SPACE.format(options.trials))
         whole, whole_s = sweep(folder, "whole")
-        killed, killed_s = sweep(folder, "killed", options.kills, random.Random(options.seed))
+        killed, killed_s = sweep(folder, "killed", options.kills, np.random.default_rng(options.seed))
     found = {"trials": options.trials, "kills": options.kills, "is_same": whole == killed, "best": whole["best"]}
     found |= {"seconds": whole_s, "seconds_killed": killed_s, "states": [trial["state"] for trial in whole["trials"]]}
     print(f"uninterrupted: best {whole['best']} of {options.trials}, {whole_s:.0f} s")
@@ -65,14 +66,16 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def sweep(folder: Path, out: str, kills: int = 0, rng: random.Random | None = None) -> tuple[dict[str, Any], float]:
+def sweep(
+    folder: Path, out: str, kills: int = 0, rng: np.random.Generator | None = None
+) -> tuple[dict[str, Any], float]:
     """What a sweep finds that is killed so often, without the times; and how long it takes in all."""
     journal, started_s = folder / out / "journal.log", time.monotonic()
-    command = [Path(sys.executable).with_name("dlrm"), "sweep", folder / "config.toml", "--json"]
+    command: list[str | Path] = [Path(sys.executable).with_name("dlrm"), "sweep", folder / "config.toml", "--json"]
     command += ["--space", folder / "space.toml", "--dataset", folder / "dataset", "--out", folder / out]
     for _ in range(kills):
         assert rng is not None, "it says where"
-        target = lines_of(journal) + rng.randrange(8, 30)
+        target = lines_of(journal) + int(rng.integers(8, 30))
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while lines_of(journal) < target and process.poll() is None:
                 time.sleep(0.02)

@@ -15,6 +15,7 @@ from helpers.pages import tables_of
 from torchdlrm import LiveModel, advance, train
 from torchdlrm.cli.evaluate import evaluate
 from torchdlrm.cli.inspect import inspect
+from torchdlrm.cli.options import Judging
 from torchdlrm.evaluation.report import report_page as run_page
 from torchdlrm.live.report import report_page as live_page
 from torchdlrm.metrics import METRICS, Metric
@@ -84,7 +85,7 @@ def test_a_run_logs_it_is_judged_by_it_and_shows_it(brier, small_dataset, tmp_pa
     assert history.series("train", "brier")
     (last,) = [value for step, value in history.series("val", "brier") if step == history.summary.step]
 
-    evaluate(run, split="val", checkpoint="last", as_json=True)
+    evaluate(run, judging=Judging(split="val"), checkpoint="last", as_json=True)
     told = capsys.readouterr()
     assert json.loads(told.out)["brier"] == pytest.approx(last)
     assert "brier" in told.err

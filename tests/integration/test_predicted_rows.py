@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from helpers.raw_logs import read_criteo
 from torchdlrm import evaluate
 from torchdlrm.cli.evaluate import evaluate as evaluate_command
+from torchdlrm.cli.options import Judging
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError, LiveError, RunError, UserError
 from torchdlrm.evaluation.predictions import Asked, predicted_rows, write_predictions
@@ -173,7 +174,7 @@ def test_slices_are_those_of_the_rows_and_of_two_splits(rows, small_run, tmp_pat
     columns = predicted_rows(small_run, Asked(split="val+test", columns=["cat_0", "int_0", "cat_1"])).columns
     assert found == [part.as_json() for part in slices(rows.judged, columns, "cat_0,int_0*cat_1")]
     assert {part["name"] for part in found} >= {"cat_0 = others", "int_0*cat_1 = others"}
-    evaluate_command(small_run, split="test", by="cat_0", against="val", as_json=True)
+    evaluate_command(small_run, judging=Judging(by="cat_0"), against="val", as_json=True)
     out, err = capsys.readouterr()
     ours, *others = json.loads(out)["slices"]
     assert ours["before"]["rows"] + sum(part["before"]["rows"] for part in others) == 357

@@ -6,23 +6,16 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.options import Json, OwnModel, refuse_mistyped
+from torchdlrm.cli.options import Json, Judging, OwnModel, refuse_mistyped
 from torchdlrm.cli.terminal import announce, print_json, print_slices, print_table, progress_bars, say
-from torchdlrm.config import DeviceChoice
 
 
 def compare(
     *candidates: str,
-    split: str = "test",
-    dataset: Path | None = None,
     metric: str | None = None,
     power: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
-    by: str | None = None,
-    group: str | None = None,
-    label: str | None = None,
-    weight: str | None = None,
-    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
-    device: DeviceChoice = "auto",
+    judging: Judging = Judging(),  # noqa: B008 - frozen, and what the parser fills
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - likewise
     as_json: Json = False,
 ) -> None:
     """Compare models on the same rows with the first one: better, worse, no difference that matters, or too few rows.
@@ -35,15 +28,8 @@ def compare(
 
     Args:
         candidates: Two or more; the others are compared with the first one.
-        split: Of the dataset of runs and bundles: train, val or test; several joined by +.
-        dataset: Where the dataset is now, if it has moved since the training.
         metric: What the verdict is by, such as logloss; auc by default, and gauc needs --group.
         power: Say how many rows, or seeds, would show this difference of the metric 4 times in 5, as in 0.0005.
-        by: Slices on which the others may have lost, as in `'cat_5,int_2,cat_5*int_2'`.
-        group: A column: rows of the same value depend on each other, as those of one user, and count as one.
-        label: Of files: their column of labels; label by default.
-        weight: Of files: their column of weights; weight by default, where there is one.
-        device: auto, cuda or cpu: where to compute (as train.device), whatever the runs were trained on.
     """
     refuse_mistyped([Path(candidate) for candidate in candidates], "compare")
     announce(f"compare {', '.join(candidates)}")
@@ -52,19 +38,8 @@ def compare(
     from torchdlrm.metrics import BEST, METRICS
 
     with progress_bars("") as progress:
-        found = compare_models(
-            *candidates,
-            split=split,
-            dataset=dataset,
-            metric=metric or BEST,
-            by=by,
-            group=group,
-            label=label,
-            weight=weight,
-            device=device,
-            progress=progress,
-            **vars(own_model),
-        )
+        how = vars(judging) | vars(own_model)
+        found = compare_models(*candidates, metric=metric or BEST, progress=progress, **how)
     assert found is not None, "this process is the only one"
     needed = {} if power is None else found.power(power)
     droppable = ("value", f"of {next(iter(found.values))}", "rows ±", "seeds ±")

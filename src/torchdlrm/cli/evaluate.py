@@ -7,7 +7,7 @@ from typing import Any
 
 from cyclopts import App
 
-from torchdlrm.cli.options import Json, Machines, Overrides, OwnModel, Positive, split_config
+from torchdlrm.cli.options import Json, Judging, Machines, Overrides, OwnModel, Positive, split_config
 from torchdlrm.cli.terminal import (
     announce,
     drawn,
@@ -20,7 +20,7 @@ from torchdlrm.cli.terminal import (
     warn,
     warn_of_crowding,
 )
-from torchdlrm.config import Config, DeviceChoice, load_config
+from torchdlrm.config import Config, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import expect
 from torchdlrm.toml import did_you_mean
@@ -30,19 +30,13 @@ from torchdlrm.units import show_number
 def evaluate(
     source: Path,
     *sharding: Overrides,
-    split: str = "test",
     checkpoint: str = "best",
-    dataset: Path | None = None,
-    group: str | None = None,
     predictions: Path | None = None,
     columns: str = "",
-    label: str | None = None,
-    weight: str | None = None,
-    by: str | None = None,
     against: str | None = None,
-    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
+    judging: Judging = Judging(),  # noqa: B008 - frozen, and what the parser fills
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - likewise
     batch_size_global: Positive = 8192,
-    device: DeviceChoice = "auto",
     machines: Machines = Machines(),  # noqa: B008 - likewise
     as_json: Json = False,
 ) -> None:
@@ -55,29 +49,22 @@ def evaluate(
         source: A run, a bundle, the folder of a period of a live model, or a file of predictions (.parquet, .csv,
             .csv.gz), as --predictions or `dlrm predict --columns` writes them.
         sharding: Of a run: keys of the section `sharding`, with values.
-        split: train, val or test; several joined by + are judged together, as in val+test.
         checkpoint: Of a run: best (the highest AUC of the val split; the last where nothing was validated), last, or a
             step.
-        dataset: Where the dataset is now, if it has moved since the training.
-        group: Column whose equal values depend on each other, as in user_id: intervals of groups, and GAUC.
         predictions: File to write the rows to: .parquet, .csv or .csv.gz.
         columns: Columns of the log to write with them, with commas between, as in cat_3,int_2.
-        label: Of a file: its column of labels; label by default.
-        weight: Of a file: its column of weights; weight by default, where there is one.
-        by: Slices to judge, worst first: columns and crossed ones, as in `'cat_5,int_2,cat_5*int_2'`.
         against: Of a run or a bundle, with --by: another split; which slices are predicted worse than there.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
-        device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
     """
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_rows
     from torchdlrm.evaluation.predictions import Asked, kind_of_source
     from torchdlrm.judging.slices import columns_of
 
     own, names = _sharding_keys(sharding), [name.strip() for name in columns.split(",") if name.strip()]
-    named = [*names, *(columns_of(by) if by else ())]
+    named = [*names, *(columns_of(judging.by) if judging.by else ())]
     is_run = machines.nnodes > 1 or kind_of_source(source) == "run"
     if machines.nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
-        expect("dataset", dataset)
+        expect("dataset", judging.dataset)
     if not is_run and (own or machines.nproc_per_node > 1):
         msg = f"{source}: is no run, which alone is spread over processes; leave out --nproc-per-node and --sharding.*"
         raise ConfigError(msg)
@@ -85,19 +72,12 @@ def evaluate(
     job = partial(
         evaluate_rows,
         source,
-        dataset,
-        split,
-        group=group,
         predictions=predictions,
         columns=names,
-        label=label,
-        weight=weight,
-        by=by,
         against=against,
         checkpoint=checkpoint,
         batch_size_global=batch_size_global,
-        device=device,
-        **vars(own_model),
+        **vars(judging) | vars(own_model),
     )
     if not is_run:
         judged: Any = drawn(job)
@@ -112,9 +92,9 @@ def evaluate(
     processes = machines.processes()
     with refusing_everywhere(processes):
         trained = Run.open(source)
-        encoded = trained.open_dataset(dataset)
+        encoded = trained.open_dataset(judging.dataset)
         trained.shape(encoded, **vars(own_model))
-        check_columns(encoded, Asked(split=split, columns=named, group=group))
+        check_columns(encoded, Asked(split=judging.split, columns=named, group=judging.group))
     warn_of_crowding(processes)
     job = partial(job, sharding=sharding_elsewhere(trained.config).model_copy(update=own), pictures=True)
     result: dict[str, Any] | None = launch(drawn, job, processes=processes)

@@ -19,6 +19,7 @@ from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentErr
 from cyclopts.validators import Number
 from pydantic import ValidationError
 
+from torchdlrm.config import DeviceChoice
 from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.toml import did_you_mean, explain
 
@@ -54,6 +55,31 @@ class OwnModel:
 
     model_class: str | None = None
     allow_changed_model_class: Flag = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Judging:
+    """Which predicted rows are judged, and how: `vars` of it is what functions of the library take.
+
+    Attributes:
+        split: Of the dataset of a run or a bundle: train, val or test; several joined by + are judged together, as in
+            val+test.
+        dataset: Where the dataset is now, if it has moved since the training.
+        group: Column whose equal values depend on each other, as in user_id: intervals of groups, and GAUC.
+        label: Of a file: its column of labels; label by default.
+        weight: Of a file: its column of weights; weight by default, where there is one.
+        by: Slices to judge, worst first: columns and crossed ones, as in `'cat_5,int_2,cat_5*int_2'`.
+        device: auto, cuda or cpu: where to compute (as train.device), whatever a run was trained on.
+    """
+
+    split: str = "test"
+    dataset: Path | None = None
+    group: str | None = None
+    label: str | None = None
+    weight: str | None = None
+    by: str | None = None
+    device: DeviceChoice = "auto"
 
 
 @Parameter(name="*")

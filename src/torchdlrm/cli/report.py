@@ -40,14 +40,27 @@ def report(
         raise UserError(msg)
     about: dict[str, Any] = {name.split()[0]: str(folders[0])}
     if name == "dataset":
-        page = _dataset_page(folders[0])
+        from torchdlrm.data.dataset import Dataset
+        from torchdlrm.data.page import dataset_page
+
+        page = dataset_page(Dataset.open(folders[0]))
     elif name == "live model":
-        page = _live_page(folders[0])
+        from torchdlrm.live.model import LiveModel
+        from torchdlrm.live.record import read_times
+        from torchdlrm.live.report import report_page as live_page
+
+        live = LiveModel.open(folders[0])
+        times = {record.period: read_times(live.day(record.period)) for record in live.periods}
+        page = live_page(f"Live model {folders[0].resolve().name}", live.periods, times, live.current)
     else:
+        from torchdlrm.evaluation.report import report_page, runs_page
+        from torchdlrm.training.run import Run
+
         expect("run", *folders)
-        if len(folders) > 1:
-            about = {"runs": [str(folder) for folder in folders]}
-        page = _runs_page(folders, split)
+        runs = [Run.open(folder) for folder in folders]
+        about = about if len(runs) == 1 else {"runs": [str(folder) for folder in folders]}
+        with progress_bars("") as progress:
+            page = report_page(runs[0]) if len(runs) == 1 else runs_page(runs, split, progress)
 
     from torchdlrm.html import write_page
 
@@ -55,36 +68,3 @@ def report(
     say(f"report of {', '.join(map(str, folders))}: {out}")
     if as_json:
         print_json(about | {"report": str(out), "bytes": out.stat().st_size})
-
-
-def _dataset_page(folder: Path) -> str:
-    from torchdlrm.data.dataset import Dataset
-    from torchdlrm.data.page import dataset_page
-
-    return dataset_page(Dataset.open(folder))
-
-
-def _runs_page(folders: list[Path], split: str | None) -> str:
-    from torchdlrm.evaluation.report import report_page, runs_page
-    from torchdlrm.training.run import Run
-
-    runs = [Run.open(folder) for folder in folders]
-    if len(runs) == 1:
-        return report_page(runs[0])
-    if split is None:
-        return runs_page(runs)
-    from torchdlrm.evaluation.compare import compare
-
-    with progress_bars("") as progress:
-        return runs_page(runs, compare(*runs, split=split, progress=progress))
-
-
-def _live_page(folder: Path) -> str:
-    from torchdlrm.live.model import LiveModel
-    from torchdlrm.live.record import read_times
-    from torchdlrm.live.report import report_page
-
-    live = LiveModel.open(folder)
-    periods = live.periods
-    times = {record.period: read_times(live.day(record.period)) for record in periods}
-    return report_page(f"Live model {folder.resolve().name}", periods, times, live.current)

@@ -64,14 +64,14 @@ def print_table(
         title: above it.
         rows: text by column; what a row lacks stays empty.
         columns: which to show; those of the first row when not given.
-        left_aligned: columns of text, besides the first one.
+        left_aligned: columns of text, besides the first one, which breaks where it is too long only if it is among them.
         droppable: columns that are left out where the terminal is too narrow for all.
         cut: columns of text that have what width the others leave, and a line a row; the others stand close together.
     """
     if not rows:
         return
 
-    def table_of(columns: Sequence[str], *, is_narrow: bool = False) -> Table:
+    def table_of(columns: Sequence[str]) -> Table:
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.expand, table.padding = bool(cut), 0 if cut else (0, 1, 0, 0)
         for index, name in enumerate(columns):
@@ -79,8 +79,7 @@ def print_table(
             table.add_column(
                 name,
                 justify="left" if index == 0 or is_text else "right",
-                # The first column says which row it is: where there is room without others, it does not give way.
-                no_wrap=not is_narrow if index == 0 else name not in left_aligned,
+                no_wrap=name not in left_aligned,
                 ratio=1 if name in cut else None,
             )
         for row in rows:
@@ -90,7 +89,7 @@ def print_table(
     columns = columns or list(rows[0])
     table = table_of(columns)
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        table = table_of([name for name in columns if name not in droppable], is_narrow=not cut)
+        table = table_of([name for name in columns if name not in droppable])
     console.print(table)
 
 
@@ -102,7 +101,7 @@ def print_slices(slices: Sequence[Mapping[str, Any]], of: str = "") -> None:
     worse = sum(part["is_worse"] for part in slices)
     title = f"{of}{len(slices)} slices, worst first; {worse} worse by more than chance explains"
     droppable = ["click rate", *(metric.label for metric in metrics_in("table") if not metric.is_relative)]
-    print_table(title, slice_table(slices[:_MOST_SLICES]), left_aligned=("worse by",), droppable=droppable)
+    print_table(title, slice_table(slices[:_MOST_SLICES]), left_aligned=("slice", "worse by"), droppable=droppable)
     if len(slices) > _MOST_SLICES:
         say(f"and {len(slices) - _MOST_SLICES} more, which --json has, too")
 

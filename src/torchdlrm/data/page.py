@@ -125,11 +125,11 @@ def _frequencies(summary: DatasetSummary) -> list[dict[str, str]]:
     """How much of the training values the most frequent ones cover, with a bar for the first ten."""
     rows = []
     for name, feature in summary.sparse.items():
-        covered = [feature.coverage.get(size, max(feature.coverage.values(), default=math.nan)) for size in _COVERED]
+        known, most = feature.coverage, max(feature.coverage.values(), default=math.nan)
         value = "".join("(missing)" if top.value is None else str(top.value)[:24] for top in feature.most_frequent)
-        shares = {
-            f"top {size:,}, %": show_number(100 * share, 1) for size, share in zip(_COVERED, covered, strict=True)
-        }
-        row = {"feature": name, "most frequent value": value or "-", "the top 10": bars([1.0, covered[1]])[1], **shares}
-        rows.append({**row, "rows of its table": f"{feature.num_embeddings:,}"})
+        rows.append(
+            {"feature": name, "most frequent value": value or "-", "the top 10": bars([1.0, known.get(10, most)])[1]}
+            | {f"top {size:,}, %": show_number(100 * known.get(size, most), 1) for size in _COVERED}
+            | {"rows of its table": f"{feature.num_embeddings:,}"}
+        )
     return rows

@@ -5,7 +5,7 @@ In: where candidates are.  Out: a `Comparison`; `judging/` finds it.  Memory hol
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import glob, has_magic
 from itertools import chain
@@ -30,10 +30,11 @@ if TYPE_CHECKING:  # a comparison of files needs no torch
     from torchdlrm.training.run import Run
 
 Source = Union["Run", "Bundle", str, Path]
+Named = Mapping[str, Sequence[Source]]
 
 
 def compare(
-    *candidates: Source,
+    *candidates: Source | Named,
     dataset: "Dataset | str | Path | None" = None,
     split: str = "test",
     metric: str = BEST,
@@ -53,7 +54,7 @@ def compare(
     Args:
         candidates: two or more. Each is a run, a bundle, the folder of a period of a live model, a file of predictions,
             or several of these, the models of one recipe that were trained with different seeds: a pattern such as
-            `runs/wide-*`. `wide=runs/wide-*` gives it a name.
+            `runs/wide-*`. `wide=runs/wide-*` gives it a name, and so does a mapping of names to lists of models.
         dataset: of runs and bundles, as for `evaluate`.
         split: of their dataset: `train`, `val` or `test`; several joined by + are judged together.
         metric: the name of the one that the verdict is by, as `BinaryMetrics` has it.
@@ -130,7 +131,7 @@ def compare(
         return replace(found, slices=lost)
 
 
-def named_sources(candidates: Sequence[Source]) -> dict[str, Sequence[Source]]:
+def named_sources(candidates: Sequence[Source | Named]) -> dict[str, Sequence[Source]]:
     """The models of each candidate by its name; candidates as for `compare`.
 
     Raises:
@@ -138,6 +139,9 @@ def named_sources(candidates: Sequence[Source]) -> dict[str, Sequence[Source]]:
     """
     found: dict[str, Sequence[Source]] = {}
     for candidate in candidates:
+        if isinstance(candidate, Mapping):
+            found |= candidate
+            continue
         name, sources = str(_path(candidate)), [candidate]
         if isinstance(candidate, str) and not Path(candidate).exists():
             given, equals, pattern = candidate.partition("=")

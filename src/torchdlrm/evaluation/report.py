@@ -5,18 +5,18 @@ nothing fetched, to be mailed, printed, and kept with the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain, pairwise
 from typing import Any
 
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
+from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.pictures import FOLDER, difference_rows, picture_charts
 from torchdlrm.html import Chart, Curve, Part, bars, colour, curve_chart, render, short
-from torchdlrm.judging.comparison import Comparison
 from torchdlrm.judging.slices import slice_table
 from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in, metrics_of_any
+from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
@@ -60,15 +60,12 @@ def report_page(run: Run) -> str:
     return render(title, parts, command=environment.get("command", ""), entries=entries)
 
 
-def runs_page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
-    """Make the page of runs that stand beside each other.
-
-    Args:
-        runs: two or more.
-        comparison: of the first one with the others, on the same rows.
+def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressListener = SILENT) -> str:
+    """Make the page of two or more runs; with a split, how the others compare with the first one on it.
 
     Raises:
         RunError: a part of a run is damaged.
+        UserError: they cannot be compared.
     """
     names = [run.path.resolve().name for run in runs]
     named = dict(zip(names if len({*names}) == len(runs) else [str(run.path) for run in runs], runs, strict=True))
@@ -87,17 +84,14 @@ def runs_page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
         ),
         *_judged(named),
     ]
-    if comparison is None:
-        return render(f"{len(runs)} runs", parts)
-    others = [*named][1:]
-    comparison = replace(
-        comparison,
-        values=dict(zip(named, comparison.values.values(), strict=True)),
-        differences=dict(zip(others, comparison.differences.values(), strict=True)),
+    found = (
+        None if split is None else compare({name: [run] for name, run in named.items()}, split=split, progress=progress)
     )
-    rows = difference_rows(comparison.as_json())
-    parts.insert(0, Part("Comparison", [comparison.about], rows=rows, left=("metric", "verdict")))
-    return render(f"{len(runs)} runs", parts, lead=f"{comparison.verdict}.")
+    if found is None:
+        return render(f"{len(runs)} runs", parts)
+    rows = difference_rows(found.as_json())
+    parts.insert(0, Part("Comparison", [found.about], rows=rows, left=("metric", "verdict")))
+    return render(f"{len(runs)} runs", parts, lead=f"{found.verdict}.")
 
 
 def _judged(named: Mapping[str, Run]) -> Iterator[Part]:

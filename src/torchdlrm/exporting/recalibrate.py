@@ -4,6 +4,7 @@ In: a served model, the dataset of its run.  Out: a `Recalibration` for its bund
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchdlrm.bundle.served_model import ServedModel, predict_by_model
 from torchdlrm.data.dataset import Dataset
@@ -49,28 +50,25 @@ def recalibration_of(
     method, by = options.recalibrate, options.recalibrate_by
     if method is None:
         return None
-    splits, rows = _held_out(dataset), []
-    targets, own = dataset.schema.target_names, [] if by is None else [by]
-    for split in splits:
-        columns = predict_by_model(model, dataset, split, [*targets, *own], progress, phase=f"recalibrate: {split}")
+    rows: dict[str, tuple[Judged, NDArray[np.integer] | None]] = {}
+    for split in _held_out(dataset):
+        names = [*dataset.schema.target_names, *([] if by is None else [by])]
+        columns = predict_by_model(model, dataset, split, names, progress, phase=f"recalibrate: {split}")
         ids = None if by is None else columns.pop()
         logits, labels, *weights = columns
-        rows.append((Judged.of(labels, logits, *weights), ids))
-    names = [f"{judged.sums.rows:,} rows of {split}" for split, (judged, _) in zip(splits, rows, strict=True)]
+        rows[f"{labels.size:,} rows of {split}"] = Judged.of(labels, logits, *weights), ids
     if len(rows) == 1:
-        (judged, ids), (name,) = rows[0], names
-        rows = [(rows_of(judged, part), None if ids is None else ids[part]) for part in (FITTED, JUDGED)]
-        names = [f"half of {name}", f"the other half of {name}"]
-    (fitted, ids), (before, other_ids) = rows
+        ((name, (judged, ids)),) = rows.items()
+        halves = {f"half of {name}": FITTED, f"the other half of {name}": JUDGED}
+        rows = {of: (rows_of(judged, part), None if ids is None else ids[part]) for of, part in halves.items()}
+    (fitted_on, (fitted, ids)), (judged_on, (before, other_ids)) = rows.items()
     found = fit(fitted, method, by, ids)
-    why = f"on {names[0]} more clicks do not go with higher predictions: no recalibration helps"
+    why = f"on {fitted_on} more clicks do not go with higher predictions: no recalibration helps"
     if found is not None and before.sums.rows > 1 and before.sums.weight > 0:
-        pieces = [
-            found.apply(before.logits[block], None if other_ids is None else other_ids[block])
-            for block in before.blocks()
-        ]
+        ids_of = (lambda _: None) if other_ids is None else other_ids.__getitem__
+        pieces = [found.apply(before.logits[block], ids_of(block)) for block in before.blocks()]
         after = Judged.of(before.labels, np.concatenate(pieces), before.weights)
-        verdict = Verdict.of(f"{names[1]} (fitted on {names[0]})", before, after)
+        verdict = Verdict.of(f"{judged_on} (fitted on {fitted_on})", before, after)
         if verdict.is_better:
             return found.model_copy(update={"verdict": verdict})
         why = f"{found} is not better by more than chance: {verdict}"

@@ -185,24 +185,25 @@ class Comparison:
 
     def table(self) -> list[dict[str, str]]:
         """A line for each metric and candidate but the first, as text by column; p-values are corrected ones."""
-        has_seeds, rows = any(self._num_seeds(name) > 1 for name in self.values), []
-        for metric, name in ((metric, name) for metric in self.values[self._first] for name in self.differences):
-            found = self.differences[name][metric]
-            errors = {"rows ±": found.rows_error, "seeds ±": found.seeds_error} if has_seeds else {}
-            rows.append(
-                {
-                    "metric": METRICS[metric].label,
-                    **({} if len(self.differences) == 1 else {"candidate": name}),
-                    "value": show_number(fmean(self.values[name][metric])),
-                    f"of {self._first}": show_number(fmean(self.values[self._first][metric])),
-                    "difference": found.shown(found.difference),
-                    "interval": " to ".join(map(found.shown, found.interval)),
-                    **{of: found.shown(error, "") for of, error in errors.items()},
-                    "p": show_p_value(found.p_value_corrected),
-                    "verdict": found.verdict.brief,
-                }
-            )
-        return rows
+        rows = [
+            {
+                "metric": METRICS[metric].label,
+                "candidate": name,
+                "value": show_number(fmean(self.values[name][metric])),
+                f"of {self._first}": show_number(fmean(self.values[self._first][metric])),
+                "difference": found.shown(found.difference),
+                "interval": " to ".join(map(found.shown, found.interval)),
+                "rows ±": found.shown(found.rows_error, ""),
+                "seeds ±": found.shown(found.seeds_error, ""),
+                "p": show_p_value(found.p_value_corrected),
+                "verdict": found.verdict.brief,
+            }
+            for metric in self.values[self._first]
+            for name, found in ((name, of[metric]) for name, of in self.differences.items())
+        ]
+        idle = {"candidate"} if len(self.differences) == 1 else set()
+        idle |= set() if any(self._num_seeds(name) > 1 for name in self.values) else {"rows ±", "seeds ±"}
+        return [{name: text for name, text in row.items() if name not in idle} for row in rows]
 
     @property
     def about(self) -> str:

@@ -78,7 +78,8 @@ def check_name(path: Path, argument: str = "out") -> None:
             raise UserError(msg)
         return
     if not path.name.endswith(FILE_ENDINGS):
-        msg = f"`{argument}`: {path} must end in .parquet, .csv or .csv.gz, or be - for CSV on standard output"
+        also = ", or be - for CSV on standard output" if argument == "out" else ""
+        msg = f"`{argument}`: {path} must end in .parquet, .csv or .csv.gz{also}"
         raise UserError(msg)
     if path.is_dir():
         msg = f"`{argument}`: {path} is a folder; name a file in it"

@@ -25,8 +25,9 @@ def sweep_page(title: str, space: Space, result: Mapping[str, Any]) -> str:
     for trial in drawn:
         places = [_place(space.values[key], trial[key]) for key in space.values]
         points = [*enumerate([*places, (trial[metric] - low) / (high - low or 1.0)])]
-        about = ", ".join(f"{name} {trial_cells(trial)[name]}" for name in names)
-        tried.curve(points, _KEY[trial["state"]], f"trial {trial['trial']}", partial(_saying, about))
+        cells = trial_cells(trial)
+        about = ", ".join(f"{name} {cells[name]}" for name in names)
+        tried.curve(points, _KEY[trial["state"]], f"trial {trial['trial']}", partial("{}".format, about))
     for number in range(len(names)):
         tried.x_label(number, str(number + 1))
     cost = curve_chart(
@@ -49,13 +50,7 @@ def sweep_page(title: str, space: Space, result: Mapping[str, Any]) -> str:
         Part(charts=[tried, cost]),
         Part("What mattered", rows=mattered),
         Part("With other seeds", rows=repeated_rows(result)),
-        Part(
-            "Trials",
-            ["Columns with numbers are the keys that are numbered above."],
-            rows=rows,
-            left=heads[1:2],
-            wraps=True,
-        ),
+        Part("Trials", ["Columns with numbers are the keys numbered above."], rows=rows, left=heads[1:2], wraps=True),
     ]
     return render(title, parts, lead=result["verdict"])
 
@@ -71,10 +66,6 @@ def repeated_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         {f"{result['metric']} on val": name} | {f"run {run}": f"{value:.5f}" for run, value in enumerate(values, 1)}
         for name, values in result["repeated"].items()
     ]
-
-
-def _saying(text: str, _x: float, _y: float) -> str:
-    return text
 
 
 def _place(values: Distribution, value: Any) -> float:

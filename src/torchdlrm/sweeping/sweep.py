@@ -145,8 +145,8 @@ class _Sweep(Callback):
             runs = {name: [f"finalists/{name}-seed-{seed}" for seed in seeds] for name in ("start", *names)}
             repeated = {name: [self._study.user_attrs[run] for run in of] for name, of in runs.items()}
             best = max(names, key=lambda name: sign * fmean(repeated[name]))
-            pair = (f"{name}={self._path}/finalists/{name}-seed-*" for name in ("start", best))
-            comparison = compare(*pair, dataset=self._dataset, metric=self._search.metric, progress=self._progress)
+            pair = {name: [self._path / run for run in runs[name]] for name in ("start", best)}
+            comparison = compare(pair, dataset=self._dataset, metric=self._search.metric, progress=self._progress)
             assert comparison is not None  # this process has rank 0
             verdict = comparison.verdict
         write_atomically(self._path / "best.toml", config_toml(recipes[best]))
