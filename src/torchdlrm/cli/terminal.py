@@ -64,7 +64,7 @@ def print_table(
         title: above it.
         rows: text by column; what a row lacks stays empty.
         columns: which to show; those of the first row when not given.
-        left_aligned: columns of text, besides the first one, which breaks where it is too long only if it is among them.
+        left_aligned: columns of text, which break where they are too long; the first is text also without.
         droppable: columns that are left out where the terminal is too narrow for all.
         cut: columns of text that have what width the others leave, and a line a row; the others stand close together.
     """

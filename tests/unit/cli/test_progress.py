@@ -134,6 +134,7 @@ def test_what_cannot_be_told_ends_nothing(gone, monkeypatch):
     with ProgressLines() as progress:
         progress.start_phase("read", 200, "rows")
         progress.note("step 7")
+    assert not [thread for thread in threading.enumerate() if thread.name == "torchdlrm-progress"]
 
 
 def test_notes_and_the_drawing_thread_do_not_wait_for_each_other():
