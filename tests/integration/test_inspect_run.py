@@ -9,6 +9,7 @@ import pytest
 
 from helpers.pages import tables_of
 from torchdlrm.cli.evaluate import evaluate
+from torchdlrm.cli.options import Judging
 from torchdlrm.errors import RunError
 from torchdlrm.evaluation.report import report_page
 from torchdlrm.training.run import Run
@@ -52,7 +53,7 @@ def test_a_trained_run_becomes_one_page(dlrm, small_run, tmp_path):
 
 def test_what_was_evaluated_is_drawn(small_run, tmp_path, capsys):
     path = shutil.copytree(small_run, tmp_path / "run")
-    evaluate(path, split="val+test", as_json=True)
+    evaluate(path, judging=Judging(split="val+test"), as_json=True)
     result = json.loads(capsys.readouterr().out)
     assert "pictures" not in result
     assert Run.open(path).evaluations()["val+test"] == result

@@ -53,10 +53,10 @@ def report(
         times = {record.period: read_times(live.day(record.period)) for record in live.periods}
         page = live_page(f"Live model {folders[0].resolve().name}", live.periods, times, live.current)
     else:
+        expect("run", *folders)
         from torchdlrm.evaluation.report import report_page, runs_page
         from torchdlrm.training.run import Run
 
-        expect("run", *folders)
         runs = [Run.open(folder) for folder in folders]
         about = about if len(runs) == 1 else {"runs": [str(folder) for folder in folders]}
         with progress_bars("") as progress:
