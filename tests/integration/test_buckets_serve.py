@@ -1,18 +1,21 @@
 """Bundles at URLs: opened, predicted with and served; a server follows a live model in a bucket."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 
 from helpers.buckets import bytes_of, far_away
 from helpers.live_bundles import rows_of, write_periods
+from torchdlrm.bundle.apply import apply_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest
 from torchdlrm.errors import BundleError, StorageError
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.storage import mirror, objects
-from torchdlrm.storage.places import located
+from torchdlrm.storage.places import located, url_of
 
 ROWS = rows_of(20)
 
@@ -56,7 +59,7 @@ def test_a_damaged_object_is_named(bucket, periods):
     weights = bytearray((periods / "0001" / WEIGHTS_NAME).read_bytes())
     weights[100] ^= 1
     objects.write(f"{bucket}/bundle/{WEIGHTS_NAME}", bytes(weights))
-    with pytest.raises(StorageError, match=f"{bucket}/bundle/{WEIGHTS_NAME}: damaged: its bytes from 0 on"):
+    with pytest.raises(BundleError, match=f"{WEIGHTS_NAME}: damaged: the sha256 of block 0"):
         Bundle.open(located(f"{bucket}/bundle"))
     objects.delete(f"{bucket}/bundle/bundle.json")
     with pytest.raises(BundleError, match=r"has no bundle\.json"):
@@ -77,3 +80,71 @@ def test_a_link_in_a_bucket_leads_to_a_bundle(bucket, periods):
         objects.write(f"{bucket}/live/current", target)
         with pytest.raises(StorageError, match=f"{bucket}/live/current: is no link"):
             mirror.fetch(link)
+
+
+def publish(periods, url, period):
+    """As a live model does: the bundle and its delta, then `current`."""
+    for name in (f"{period:04}", f"{period:04}.delta"):
+        put(periods / name, f"{url}/bundles/{name}")
+    objects.write(f"{url}/current", f"bundles/{period:04}".encode())
+
+
+def until(found, seconds=20):
+    """What a function gives once it is true."""
+    end_s = time.monotonic() + seconds
+    while not (result := found()) and time.monotonic() < end_s:
+        time.sleep(0.02)
+    return result
+
+
+def test_a_server_follows_a_live_model_in_a_bucket_by_its_deltas(bucket, far, periods, serve, tmp_path):
+    live = f"{bucket}/live"
+    objects.write(f"{live}/live.toml", b"")
+    publish(periods, live, 1)
+    server = serve(live, "--follow-s", 0.1)
+    cache = tmp_path / f"cache/{live.replace('://', '/')}"
+    with httpx.Client(base_url=server.url) as client:
+
+        def serves(period):
+            return client.post("/predict", json=ROWS).json()["period"] == period
+
+        assert serves(1)
+        far.requests.clear()
+        assert until(lambda: len(far.requests) >= 5)
+        assert {request.partition("?")[0].rpartition("/")[2] for request in far.requests} == {"current"}, "alone"
+        publish(periods, live, 2)
+        assert until(lambda: serves(2))
+        assert not (cache / "bundles/0002" / WEIGHTS_NAME).exists(), "the delta alone is fetched"
+        far.answer = (400, "ExpiredToken")  # the old model is served, and the log and /metrics say why
+        assert until(lambda: 'swaps_total{outcome="failed"} ' in client.get("/metrics").text)
+        assert serves(2)
+        far.answer = None
+        objects.delete(*[f"{live}/bundles/0001/{name}" for name in bytes_of(f"{live}/bundles/0001")])  # by retention
+        publish(periods, live, 3)
+        assert until(lambda: serves(3))
+        assert np.array_equal(
+            np.float32(client.post("/predict", json=ROWS).json()["predictions"]),
+            Predictor.open(periods / "0003").predict(ROWS),
+        )
+    assert sorted(path.name for path in (cache / "bundles").iterdir()) == ["0002", "0002.delta", "0003", "0003.delta"]
+    code, log = server.stop()
+    assert code == 0
+    failed = [line["message"] for line in log if line["event"] == "swap failed"]
+    assert len(failed) == 1, "once, not each second"
+    assert failed[0].startswith(f"{live}/current: cannot be read: the credentials have expired")
+
+
+def test_a_bundle_that_a_killed_process_had_begun_to_publish_is_finished(bucket, periods, tmp_path):
+    for name in ("0001", "0002.delta"):
+        put(periods / name, f"{bucket}/{name}")
+    made = [f"{bucket}/0001", f"{bucket}/0002.delta", f"{bucket}/0002"]
+    apply_delta(*made, progress=False)
+    files = [path for path in (periods / "0002").rglob("*") if path.is_file()]
+    wanted = {path.relative_to(periods / "0002").as_posix(): path.read_bytes() for path in files}
+    assert bytes_of(f"{bucket}/0002") == wanted
+    for name in wanted.keys() - {WEIGHTS_NAME}:
+        objects.delete(f"{bucket}/0002/{name}")
+        (tmp_path / f"cache/stamps/{url_of(located(f'{bucket}/0002'))}/{name}".replace("://", "/")).unlink()
+    with pytest.raises(BundleError, match="is there already"):
+        apply_delta(*made, progress=False)
+    assert bytes_of(f"{bucket}/0002") == wanted

@@ -27,6 +27,7 @@ from torchdlrm.bundle.write import complete_folder, require_space
 from torchdlrm.errors import BundleError
 from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.progress import SILENT, ProgressListener, watched
+from torchdlrm.storage import mirror
 from torchdlrm.storage.places import located
 
 FULL_NAME = "full"  # of the bundle that a delta is made of, while it is made
@@ -111,6 +112,7 @@ def apply_delta(
             "give that bundle, or the delta that was exported to this one"
         )
         raise BundleError(msg)
+    mirror.fetch(base)
     with watched(progress) as listener, complete_folder(out) as folder:
         require_space(folder, sum(record.size_bytes for record in change.result.files.values()))
         try:

@@ -119,7 +119,7 @@ class Bundle:
         """Read a bundle's manifest and check its files.
 
         Args:
-            path: the bundle's folder; one that stands for a URL is fetched, the weights block by block.
+            path: the bundle's folder; what is at a URL is fetched.
             model_class: that the model was trained with, where it was one of the user's: a bundle holds no code.  Only
                 what predicts needs it.
             allow_changed_model_class: take it though its file has changed since.
@@ -137,9 +137,7 @@ class Bundle:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
             raise BundleError(msg)
         manifest.check_names(path)
-        small = [name for name in manifest.files if name != WEIGHTS_NAME]
-        path = mirror.fetch(path, map(escape, small))
-        mirror.fetch(path / WEIGHTS_NAME, check=manifest.has_block)
+        path = mirror.fetch(path, map(escape, manifest.files))
         for name, record in manifest.files.items():
             record.check_size(path, name, "bundle")
         weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes
@@ -149,6 +147,7 @@ class Bundle:
         files = OpenFiles(
             [path / name for name in (WEIGHTS_NAME, *(r.index for r in manifest.sparse.values())) if name]
         )
+        small = [name for name in manifest.files if name != WEIGHTS_NAME]
         total = sum(manifest.files[name].size_bytes for name in small)
         progress.start_phase("verify", total + (weights_bytes if verify == "full" else 0), unit="bytes")
         for name in small:

@@ -330,11 +330,6 @@ class BundleManifest(SealedJson):
             raise ValueError(msg)
         return self
 
-    def has_block(self, start: int, block: bytes) -> bool:
-        """Whether these are the bytes of a block of the weights, which begins at this byte."""
-        at = start // self.block_bytes
-        return self.block_sha256[at : at + 1] == (hashlib.sha256(block).hexdigest(),)
-
     def check_names(self, folder: Path) -> None:
         """See that files which are named have checksums, and lie in the folder.
 

@@ -31,6 +31,7 @@ from torchdlrm.files import claim_folder, clear_folder, publish_folder, sha256_o
 from torchdlrm.folders import kind_of
 from torchdlrm.model import table_weight
 from torchdlrm.progress import ProgressListener
+from torchdlrm.storage import mirror
 from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
@@ -51,6 +52,7 @@ def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES, *, overwri
     Raises:
         BundleError: something is at `path`, or another process is writing it.
     """
+    mirror.finish(path, names[0])
     # A link that leads nowhere is something too; what a link leads to is in use under its other name.
     found = None if path.is_symlink() else kind_of(path)
     is_ours = found is not None and found.error is BundleError

@@ -31,11 +31,11 @@ def serve(
     SIGTERM drains, SIGHUP loads the bundle again.
 
     Args:
-        bundle: Folder written by `dlrm export`, or a symbolic link to one: when it is moved, what it leads to is
-            served, by deltas in memory where they lie next to it.
+        bundle: Folder written by `dlrm export`, a symbolic link to one, or a live model: when the link is moved, what
+            it leads to is served, by deltas in memory where they lie next to it.
     """
     found = kind_of(bundle)
-    if found is None or found.name != "delta":  # one is served where its base lies beside it
+    if found is None or found.name not in {"delta", "live model"}:  # a delta where its base lies beside it
         expect("bundle", bundle)
     # Until the server has handlers of its own it has begun nothing, and may end as any program does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

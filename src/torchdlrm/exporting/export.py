@@ -20,6 +20,7 @@ from torchdlrm.bundle.check import Agreement, compare, tolerance
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
+    MANIFEST_NAME,
     SAMPLE_NAME,
     WEIGHTS_NAME,
     WITH_RECALIBRATION,
@@ -52,6 +53,7 @@ from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of, reported
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage import mirror
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -188,6 +190,7 @@ def _export(
     dense_precision, reason = _dense_precision(shape, options, precisions)
     by_key = {table.key: precisions[table.feature] for table in model.tables}
     about = {"name": name, "dense_precision": dense_precision, **_about(run, dataset, shape, chosen)}
+    mirror.finish(out, MANIFEST_NAME)
     if os.path.lexists(out) and not overwrite:
         check_rows, is_auto = min(options.check_rows, dataset.splits[split].rows), options.dense_precision == "auto"
         wanted = about | {"recalibrated": (options.recalibrate, options.recalibrate_by)}

@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchdlrm.errors import ConfigError
+from torchdlrm.folders import kind_of
 from torchdlrm.serving.front.access import read_api_keys
 from torchdlrm.serving.options import Listening, ServeOptions
 from torchdlrm.serving.supervisor import Supervisor
+from torchdlrm.storage.mirror import LINK_NAME
+from torchdlrm.storage.places import located
 
 
 def serve(
@@ -30,7 +33,8 @@ def serve(
     `if __name__ == "__main__":`, because each worker imports it.
 
     Args:
-        bundle: the bundle's folder, or a symbolic link to one: when it is moved, what it leads to is served.
+        bundle: the bundle's folder, a symbolic link to one, or a live model, or the URL of any of these: what the link
+            leads to, and the live model publishes, is served from then on.
         options: of the server.
         started: is called once all processes can answer requests.
 
@@ -41,7 +45,9 @@ def serve(
         ConfigError: the options do not go together, there is no API key where one should be, or an address is taken.
         BundleError: the bundle cannot be served.
     """
-    bundle = Path(bundle)
+    bundle = located(bundle)
+    if (kind := kind_of(bundle)) is not None and kind.name == "live model":
+        bundle /= LINK_NAME
     options.check()
     options = replace(options, api_keys=options.api_keys or read_api_keys(options.api_key_file))
     # Read when Polars loads: one row is not worth many threads, and those of several processes would fight.

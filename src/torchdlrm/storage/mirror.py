@@ -2,6 +2,7 @@
 
     CACHE/s3/BUCKET/KEY           the object's bytes, or a part of them while they are fetched (`.KEY.part`)
     CACHE/stamps/s3/BUCKET/KEY    which object they are: its tag and size, and when the file was written
+    CACHE/locks/00 to ff          keep processes from fetching the same object: each is of all whose paths have its sum
 
 Buckets have no links: an object `current` is one that says where it leads, and in the cache it is a symbolic link.
 
@@ -23,12 +24,12 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock, get_ident
-from typing import BinaryIO
+from zlib import crc32
 
 from torchdlrm.errors import StorageError
 from torchdlrm.storage import objects
 from torchdlrm.storage.objects import ObjectStat
-from torchdlrm.storage.places import cache_folder, located, published_url, shown, url_of
+from torchdlrm.storage.places import cache_folder, located, published_url, url_of
 from torchdlrm.storage.reading import FileIdentity, open_to_read
 from torchdlrm.units import parse_bytes
 
@@ -42,7 +43,7 @@ _evicting = Lock()
 _borrowed: dict[int, list[Path]] = {}  # by thread
 
 
-def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, bytes], bool] | None = None) -> Path:
+def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
     """Bring what is at a URL into the cache, as it is there now; gives the path, of a link that where it leads.
 
     Args:
@@ -50,7 +51,6 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
         names: patterns for the paths of files inside of a folder that are needed now (`*` also matches a `/`, and it
             alone an object itself). Of all others the folders are made, and files that are no longer in the bucket are
             removed.
-        check: of one object, whether the bytes from an offset on, a block of 16 MiB, are those that are expected.
 
     Raises:
         StorageError: the bucket cannot be read.
@@ -70,7 +70,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
             _forget(path)
         else:
             if any(fnmatchcase("", pattern) for pattern in patterns):
-                _fetch_file(path, stat, check)
+                _fetch_file(path, stat)
         return path
     _prune(path, found, listed_ns)
     wanted = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -82,10 +82,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",), *, check: Callable[[int, by
 
 
 def fetch_link(link: Path, *, patience_s: float | None = None) -> str | None:
-    """Lead a link to where its object in the bucket says: one request, and nothing more where it is still the same.
-
-    Returns:
-        The tag of the object; None where there is none, and of a path on a disk.
+    """Lead a link to where its object in the bucket says, by one request; gives the object's tag, if there is one.
 
     Raises:
         StorageError: the bucket cannot be read within this time, or the object is no link.
@@ -154,6 +151,13 @@ def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None
     _each([lambda pair=pair: _push_file(*pair) for pair in lead])  # type: ignore[misc]
     if last is not None:
         _push_file(path / last, to / last)
+
+
+def finish(path: Path, last: str) -> None:
+    """Publish what a process of this host that was killed has only begun to publish; `last` as for `push`."""
+    url = published_url(fetch(path, ()))
+    if url is not None and (path / last).exists() and last not in objects.listed(url):
+        push(path, last)
 
 
 def remove(path: Path) -> None:
@@ -238,16 +242,11 @@ def _is_hidden(name: str) -> bool:
 
 def _each(tasks: Collection[Callable[[], None]]) -> None:
     with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="storage") as threads:
-        futures = [threads.submit(task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+        for _ in threads.map(lambda task: task(), tasks):  # when one has failed no other is begun
+            pass
 
 
-def _fetch_file(path: Path, wanted: ObjectStat, check: Callable[[int, bytes], bool] | None = None) -> None:
+def _fetch_file(path: Path, wanted: ObjectStat) -> None:
     if path.name == LINK_NAME:
         fetch_link(path)
         return
@@ -256,43 +255,25 @@ def _fetch_file(path: Path, wanted: ObjectStat, check: Callable[[int, bytes], bo
         return
     part, etag = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.etag")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(part) as file:
+    lock = cache_folder() / "locks" / f"{crc32(os.fsencode(path)) % 256:02x}"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         if _is_current(path, wanted):  # another process has fetched it meanwhile
-            part.unlink()
             return
         _make_room(wanted.size_bytes)
         if not etag.exists() or etag.read_text(encoding="utf-8") != wanted.etag:
-            file.truncate(0)
+            part.unlink(missing_ok=True)
             etag.write_text(wanted.etag, encoding="utf-8")
-        start = part.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES
-        file.truncate(start)
-        with open_to_read(path, FileIdentity(wanted.size_bytes, 0, wanted.etag)) as source:
+        start = part.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES if part.exists() else 0
+        with part.open("ab") as file, open_to_read(path, FileIdentity(wanted.size_bytes, 0, wanted.etag)) as source:
+            file.truncate(start)
             source.seek(start)
             while block := source.read(_BLOCK_BYTES):
-                if check is not None and not check(start, block):
-                    msg = f"{shown(path)}: damaged: its bytes from {start:,} on are not those of its checksum; "
-                    raise StorageError(msg + "write it there again")
                 file.write(block)
-                start += len(block)
-        file.flush()
-        _stamp(path, wanted, part)  # before it has its name: no process is to find it without a stamp
+        _stamp(path, wanted, part)
         part.replace(path)
         etag.unlink()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file to append to, made where it is missing, while no other thread or process of this host does."""
-    while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                found = path.stat()
-            except FileNotFoundError:  # it is complete since, and has another name
-                continue
-            if os.path.samestat(os.fstat(file.fileno()), found):
-                yield file
-                return
 
 
 def _push_file(path: Path, to: Path) -> None:
@@ -354,6 +335,9 @@ def _prune(folder: Path, found: Mapping[str, ObjectStat], listed_ns: float = mat
 
 
 def _remove_empty(folder: Path, top: Path) -> None:
+    for place, _, _ in os.walk(folder, topdown=False) if folder != top else ():  # made though no file was wanted
+        with suppress(OSError):
+            Path(place).rmdir()
     with suppress(OSError):
         while folder != top:
             folder.rmdir()

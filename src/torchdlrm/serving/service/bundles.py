@@ -15,7 +15,7 @@ from typing import Literal
 from torchdlrm.bundle.bundle import Bundle, Verify
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
-from torchdlrm.errors import BundleError, TorchDLRMError
+from torchdlrm.errors import BundleError, StorageError, TorchDLRMError
 from torchdlrm.prediction.json_rows import rows_as_logged
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.serving.options import ServeOptions
@@ -101,7 +101,7 @@ class Bundles:
             BundleError: it is damaged, or fails its own sample; the old one is served as before.
         """
         async with self._one_at_a_time:
-            target = await self._look()
+            target = await self._look(None if self._num_failures else self._seen)
             if target.path == self._seen.path:
                 delay_s = _RETRY_S * 2.0 ** (self._num_failures - 1)
                 is_due = target != self._seen or time.monotonic() - self._seen_s >= delay_s
@@ -113,16 +113,20 @@ class Bundles:
         """Stop loading bundles."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    async def _look(self) -> Target:
+    async def _look(self, seen: Target | None = None) -> Target:
         """In the thread: a file system may take its time."""
-        return await asyncio.get_running_loop().run_in_executor(self._loader, Target.of, self._path)
+        return await asyncio.get_running_loop().run_in_executor(self._loader, Target.of, self._path, seen)
 
     async def _swap(self, target: Target, *, is_followed: bool) -> Swap:
+        before_failed = self._seen, self._num_failures
         self._num_failures = self._num_failures + 1 if target == self._seen else 1
         self._seen, self._seen_s = target, time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             predictor, examples, swap = await loop.run_in_executor(self._loader, self._load, target, is_followed)
+        except StorageError:  # as soon as the bucket answers
+            self._seen, self._num_failures = before_failed
+            raise
         except TorchDLRMError:
             raise
         except Exception as error:

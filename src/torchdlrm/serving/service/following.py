@@ -12,8 +12,10 @@ from torchdlrm.bundle.delta import DELTA_NAME, DeltaManifest
 from torchdlrm.bundle.manifest import MANIFEST_NAME
 from torchdlrm.errors import BundleError
 from torchdlrm.files import sha256_of
+from torchdlrm.storage import mirror
 
 _SUFFIX = ".delta"
+_PATIENCE_S = 3.0  # of a look that is repeated anyway
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,19 @@ class Target:
     files: tuple[tuple[int, int] | None, ...]
 
     @classmethod
-    def of(cls, path: Path) -> Self:
-        """Where a path leads now; to itself where links lead in a circle."""
+    def of(cls, path: Path, seen: Self | None = None) -> Self:
+        """Where a path leads now; to itself where links lead in a circle.
+
+        `seen` is given back where it still leads there, which costs one request of a bucket at most.
+        """
+        mirror.fetch_link(path, patience_s=None if seen is None else _PATIENCE_S)
         try:
             folder = path.resolve()
         except (OSError, RuntimeError):
             folder = path.absolute()
+        if seen is not None and folder == seen.path:
+            return seen
+        mirror.fetch(folder if folder == path.absolute() else folder.parent, [f"*{MANIFEST_NAME}", f"*{DELTA_NAME}"])
         names = (folder / MANIFEST_NAME, folder / DELTA_NAME, _own_delta(folder) / DELTA_NAME)
         return cls(folder, tuple(map(_identity, names)))
 

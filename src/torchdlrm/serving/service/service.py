@@ -68,6 +68,7 @@ class Service:
             self._request_log = RequestLog(options.log_predictions, self.metrics.lost_rows.inc)
         self.is_draining = False
         self._damaged: Predictor | None = None
+        self._failure: str | None = None
         self._numbers = itertools.count(1)
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
         self.metrics.bundle_served(self.name, served.bundle, before=None)
@@ -204,8 +205,11 @@ class Service:
             swap = await attempt()
         except TorchDLRMError as error:
             self.metrics.swaps.labels("failed").inc()
-            log_event(logging.ERROR, "swap failed", version=before, message=str(error))
+            if str(error) != self._failure:  # that a bucket is away, once
+                log_event(logging.ERROR, "swap failed", version=before, message=str(error))
+            self._failure = str(error)
             raise
+        self._failure = None
         if swap is not None:
             if swap.refused is not None:
                 self.metrics.swaps.labels("delta refused").inc()
