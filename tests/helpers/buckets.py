@@ -137,7 +137,7 @@ class _Proxy:
             back.write("\r\n".join([lines[0], *kept, "Connection: close", "", ""]).encode("latin-1"))
             await self.throttled(back, body)
             await self.answer(there, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             for stream in (writer, back):

@@ -23,15 +23,15 @@ class ArrowFormat(TableFormat):
     def recognises(self, start, path):  # noqa: ARG002
         return start.startswith(b"ARROW1")
 
-    def describe(self, path):
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file)
+    def describe(self, file):
+        with pa.memory_map(str(file.path)) as raw:
+            reader = pa.ipc.open_file(raw)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             return TableFile(reader.schema, [batch.nbytes for batch in batches], [batch.num_rows for batch in batches])
 
-    def table(self, path, groups, names):
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file)
+    def table(self, file, groups, names):
+        with pa.memory_map(str(file.path)) as raw:
+            reader = pa.ipc.open_file(raw)
             return pa.Table.from_batches([reader.get_batch(i) for i in groups]).select(names)
 
 

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.columns import ROLES
 from torchdlrm.features.schema import PRESETS, FeatureSchema, SplitRule, problems
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.places import located
 from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
 
 
@@ -28,7 +30,7 @@ def load_schema(name_or_path: str | Path) -> FeatureSchema:
     name_or_path = str(name_or_path)
     if is_preset(name_or_path, PRESETS):
         return PRESETS[name_or_path]()
-    path = Path(name_or_path)
+    path = fetch(located(name_or_path))
     if not path.is_file():
         msg = f"`schema`: {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a file"
         msg += did_you_mean(name_or_path, PRESETS)

@@ -15,6 +15,8 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Literal, cast
 import pyarrow as pa
 
 from torchdlrm.errors import LogError
+from torchdlrm.storage.objects import ChangedError
+from torchdlrm.storage.reading import FileIdentity, identity_of, open_to_read
 
 if TYPE_CHECKING:
     from torchdlrm.logs.format import LogFormat
@@ -36,19 +38,27 @@ _TEXT_BYTES_A_PACKED_BYTE = 3.5
 
 @dataclass(frozen=True)
 class LogFile:
-    """A file of a log; `size_bytes` as it lies on disk, packed or not, `modified_ns` since the epoch."""
+    """A file of a log as it was found: what is read is of this one, whatever takes its place."""
 
     path: Path
-    size_bytes: int
+    identity: FileIdentity
     day: int | None
     format: "LogFormat"
     packing: Packing | None = None
-    modified_ns: int = 0
 
     @property
     def name(self) -> str:
         """The file's name without its folder."""
         return self.path.name
+
+    @property
+    def size_bytes(self) -> int:
+        """As it lies there, packed or not; 0 of a stream."""
+        return self.identity.size_bytes
+
+    def open(self) -> BinaryIO:
+        """Its bytes, packed or not."""
+        return open_to_read(self.path, self.identity)
 
     @property
     def text_bytes(self) -> int:
@@ -63,10 +73,9 @@ class LogFile:
             LogError: its size or its time of modification is another.
         """
         with reading(self.path):
-            now = self.path.stat()
-        if now.st_size != self.size_bytes or (self.modified_ns and now.st_mtime_ns != self.modified_ns):
-            msg = f"{self.path}: the file changed while it was read; start again when nothing writes to it"
-            raise LogError(msg)
+            # Of an object at a URL every read has seen to it.
+            if self.identity.etag is None and identity_of(self.path) != self.identity:
+                raise ChangedError(self.path)
 
 
 def packing_of(start: bytes) -> Packing | None:
@@ -79,16 +88,21 @@ def reading(path: Path) -> Iterator[None]:
     """Report what goes wrong inside as a fault of the file.
 
     Raises:
-        LogError: it cannot be read, or its packed stream is damaged.
+        LogError: it cannot be read, has changed, or its packed stream is damaged.
     """
     try:
         yield
+    except ChangedError as error:
+        msg = f"{path}: the file changed while it was read; start again when nothing writes to it"
+        raise LogError(msg) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         msg = f"{path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
         raise LogError(msg) from error
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
-        if error.errno is None:  # as PyArrow reports it
+        if isinstance(error, FileNotFoundError):
+            what = "is not there any more"
+        elif error.errno is None:  # as PyArrow reports it
             what = f"the zstd stream is damaged or cut off ({error}); fetch the file again"
         msg = f"{path}: {what}"
         raise LogError(msg) from error
@@ -101,7 +115,7 @@ def open_text(file: LogFile) -> Iterator[IO[bytes]]:
     Raises:
         LogError: as `reading`, also for what goes wrong inside.
     """
-    with reading(file.path), file.path.open("rb") as raw:
+    with reading(file.path), file.open() as raw:
         yield unpacked(raw, file.packing)
 
 

@@ -1,12 +1,15 @@
 """Finds the files of a log, in their order, and recognises how each is written.
 
-In: paths.  Out: `LogFile`s in the order of time, each with its format, its packing and a fingerprint.
+In: paths, of a bucket also prefixes and patterns.  Out: `LogFile`s in the order of time, each with its format, its
+packing and its identity.
 """
 
 import io
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -18,11 +21,14 @@ from torchdlrm.logs.formats.columnar import ORC, PARQUET
 from torchdlrm.logs.formats.json_lines import JSON_LINES
 from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.logs.lines import LineFormat
+from torchdlrm.storage.mirror import files_at
+from torchdlrm.storage.reading import identity_of, open_to_read
 
 # The first that recognises a file reads it; text, which recognises any, is last.
 LOG_FORMATS: tuple[LogFormat, ...] = (PARQUET, ORC, NpyFormat(), MultiHotFormat(), NvtFormat(), JSON_LINES, TEXT)
 
 MAGIC_BYTES = 16
+_AT_A_TIME = 16
 _DAY = re.compile(r"day_(\d+)(?!\d)")
 # What files of other kinds start with, what they are, and what makes a log of them that can be read.
 _OTHERS = (
@@ -49,7 +55,9 @@ def find_files(paths: Sequence[Path | LogFile]) -> tuple[LogFile, ...]:
     """
     if not paths:
         raise LogError("no log given: name at least one file")
-    files = [path if isinstance(path, LogFile) else _found(path) for path in paths]
+    found = [[path] if isinstance(path, LogFile) else files_at(path) for path in paths]
+    with ThreadPoolExecutor(_AT_A_TIME) as threads:
+        files = list(threads.map(_found, itertools.chain.from_iterable(found)))
     resolved = [file.path.resolve() for file in files]
     for i, file in enumerate(files):
         if resolved[i] in resolved[:i]:
@@ -60,20 +68,23 @@ def find_files(paths: Sequence[Path | LogFile]) -> tuple[LogFile, ...]:
     return tuple(files)
 
 
-def _found(path: Path) -> LogFile:
-    if not path.is_file():
+def _found(path: Path | LogFile) -> LogFile:
+    if isinstance(path, LogFile):
+        return path
+    try:
+        identity = identity_of(path)
+    except FileNotFoundError:
         reason = "is a folder, not a file" if path.is_dir() else "there is no such file"
         quoted = "; a shell makes names of such a pattern where it is not quoted" if set(path.name) & {*"*?["} else ""
         msg = f"{path}: {reason}; give the files of the log by name{quoted}"
-        raise LogError(msg)
-    stat = path.stat()
-    if stat.st_size == 0:
+        raise LogError(msg) from None
+    if identity.size_bytes == 0:
         msg = f"{path}: the file is empty"
         raise LogError(msg)
     day = _DAY.match(path.name)
-    with reading(path), path.open("rb") as raw:
+    with reading(path), open_to_read(path, identity) as raw:
         log_format, packing, _ = recognise(raw, path)
-    return LogFile(path, stat.st_size, int(day[1]) if day else None, log_format, packing, stat.st_mtime_ns)
+    return LogFile(path, identity, int(day[1]) if day else None, log_format, packing)
 
 
 def recognise(raw: BinaryIO, path: Path) -> tuple[LogFormat, Packing | None, BinaryIO]:

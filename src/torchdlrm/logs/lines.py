@@ -54,7 +54,7 @@ class LineFormat(LogFormat):
         self, file: LogFile, chunk: Chunk, layout: FeatureSchema, *, is_label_optional: bool = False
     ) -> ParsedChunk:
         """Read a chunk of a text that is not packed."""
-        with reading(file.path), file.path.open("rb") as text:
+        with reading(file.path), file.open() as text:
             text.seek(chunk.start)
             lines = text.read(chunk.end - chunk.start)
         return self.parse(lines, layout, is_label_optional=is_label_optional)

@@ -25,9 +25,10 @@ from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Column, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.files import LogFile, reading
 from torchdlrm.logs.format import NUM_PLACES, Chunk, LogFormat, OpenLog, ParsedChunk, SampledRows, found_by_name
 from torchdlrm.logs.lines import thinned
+from torchdlrm.storage.reading import identity_of
 
 _BATCH_BYTES = 1 << 20
 _MAX_SAMPLED_BYTES = 256 << 20
@@ -68,16 +69,16 @@ class TableFormat(LogFormat):
     """
 
     @abstractmethod
-    def describe(self, path: Path) -> TableFile:
+    def describe(self, file: LogFile) -> TableFile:
         """What the metadata of a file say."""
 
     @abstractmethod
-    def table(self, path: Path, groups: range, names: Sequence[str]) -> pa.Table:
+    def table(self, file: LogFile, groups: range, names: Sequence[str]) -> pa.Table:
         """Columns of some groups of rows."""
 
-    def batches(self, path: Path, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, file: LogFile, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of a group in batches of at most `batch_rows`, all columns."""
-        table = self.table(path, range(group, group + 1), self.describe(path).schema.names)
+        table = self.table(file, range(group, group + 1), self.describe(file).schema.names)
         yield from table.to_batches(max_chunksize=batch_rows)
 
     def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:  # noqa: ARG002
@@ -116,7 +117,7 @@ class TableFormat(LogFormat):
         """
         with self._reading(file):
             names = [column.log_name for column in layout.used]
-            frame = pl.DataFrame(self.table(file.path, range(chunk.start, chunk.end), names))
+            frame = pl.DataFrame(self.table(file, range(chunk.start, chunk.end), names))
         cells = pl.DataFrame([frame[column.log_name].alias(column.name) for column in layout.used])
         # In a text file an empty cell is a missing one.
         cells = cells.with_columns(pl.when(pl.col(pl.String) != "").then(pl.col(pl.String)))
@@ -146,7 +147,7 @@ class TableFormat(LogFormat):
                 batch
                 for group in groups
                 for batch in itertools.islice(
-                    self.batches(file.path, group, batch_rows), -(-max_rows // batch_rows // len(groups))
+                    self.batches(file, group, batch_rows), -(-max_rows // batch_rows // len(groups))
                 )
             )
             kept, _, _ = thinned(batches, -(-max_rows // batch_rows))
@@ -157,14 +158,14 @@ class TableFormat(LogFormat):
     @contextmanager
     def opened(self, raw: BinaryIO, file: LogFile, schema: FeatureSchema) -> Iterator[OpenLog]:  # noqa: ARG002
         """The file; of a stream a copy, since what the columns are stands at its end."""
-        if file.path.is_file():
+        if file.size_bytes:
             yield self._open(file)
             return
         with tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(raw, copy)
             copy.flush()
             path = Path(copy.name)
-            yield self._open(LogFile(path, path.stat().st_size, None, self))
+            yield self._open(LogFile(path, identity_of(path), None, self))
 
     def _open(self, file: LogFile) -> OpenLog:
         def chunks(layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
@@ -177,16 +178,17 @@ class TableFormat(LogFormat):
 
     def _describe(self, file: LogFile) -> TableFile:
         with self._reading(file):
-            return self.describe(file.path)
+            return self.describe(file)
 
     @contextmanager
     def _reading(self, file: LogFile) -> Iterator[None]:
         """Report what goes wrong inside as a fault of the file."""
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            msg = f"{file.path}: the {self.name} file cannot be read ({error}); fetch the file again"
-            raise LogError(msg) from error
+        with reading(file.path):
+            try:
+                yield
+            except (OSError, pa.ArrowException) as error:
+                msg = f"{file.path}: the {self.name} file cannot be read ({error}); fetch the file again"
+                raise LogError(msg) from error
 
 
 def type_fault(arrow_type: pa.DataType, column: Column, kind: str) -> str | None:

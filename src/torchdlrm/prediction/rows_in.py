@@ -39,6 +39,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile, reading
 from torchdlrm.logs.find import find_files, recognise
 from torchdlrm.logs.format import OpenLog, found_by_name, ignored
+from torchdlrm.storage.reading import FileIdentity
 
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
@@ -140,7 +141,7 @@ class RowsIn:
             yield from self._of_stream(sys.stdin.fileno(), Path("standard input"))
             return
         for file in self._found:
-            with reading(file.path), file.path.open("rb") as raw:
+            with reading(file.path), file.open() as raw:
                 yield from self._read(raw, file)
             file.check_unchanged()
 
@@ -164,7 +165,7 @@ class RowsIn:
             raise LogError(msg)
         with reading(name):
             log_format, _, unpacked = recognise(cast("BinaryIO", stream), name)
-        yield from self._read(unpacked, LogFile(name, 0, None, log_format))
+        yield from self._read(unpacked, LogFile(name, FileIdentity(0, 0), None, log_format))
 
     def _read(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
         schema = schema_for_writing(self.schema, self.log_format)

@@ -27,6 +27,9 @@ from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resour
 from torchdlrm.preprocessing.sizing import JobSizing, check_disk, choose_sizing, tasks_that_fit
 from torchdlrm.preprocessing.vocabularies import Period
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage import mirror
+from torchdlrm.storage.places import located, shown
+from torchdlrm.storage.reading import identity_of
 
 __all__ = ["PART_ROWS", "PreprocessOptions", "Resources", "preprocess", "work_folder"]
 
@@ -72,21 +75,26 @@ def preprocess(
         ConfigError: the memory is too little, or the period is not after that of the vocabulary.
     """
     options, resources = options or PreprocessOptions(), resources or Resources()
-    out = Path(out)
+    out = located(out)
     schema = schema if isinstance(schema, FeatureSchema) else load_schema(schema)
     given = [logs] if isinstance(logs, str | Path) else logs
-    paths = [log if isinstance(log, LogFile) else Path(log) for log in given]
+    paths = [log if isinstance(log, LogFile) else located(log) for log in given]
     files = tuple(replace(file, path=file.path.resolve()) for file in find_files(paths))
     layouts = [file.format.layout(file, schema, options.max_bad_rows) for file in files]
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
     period = _period(options, known)
     settings = _settings(files, schema, options, known, period)
     partial = work_folder(out).absolute()
-    if out.exists():
-        if holds_job(partial, settings) and not (pieces_of(partial) / "dataset").exists():
+    mirror.fetch(out, [MANIFEST_NAME])
+    is_unfinished = (pieces_of(partial) / "dataset").exists()
+    # A job that was killed while it was publishing leaves objects without a manifest.
+    if out.exists() and not (is_unfinished and out.is_dir() and all(path.is_dir() for path in out.rglob("*"))):
+        if holds_job(partial, settings) and not is_unfinished:
             remove_work(partial)  # the job was done, and killed while it tidied up
             return Dataset.open(out)
         if (done := _found(out, files, schema, options, settings, overwrite=overwrite)) is not None:
+            if holds_job(partial, settings):  # it was killed before it could tidy up
+                remove_work(partial)
             return done
     try:
         with watched(progress) as listener, start_workers(resources.num_workers, resources.cluster) as workers:
@@ -166,8 +174,8 @@ def _found(
     }
     asked = {"schema": _as_asked(schema), "log": [(file.name, file.size_bytes) for file in files]}
     differing = differences(made, {name: asked.get(name, settings[name]) for name in made})
-    made_ns = (out / MANIFEST_NAME).stat().st_mtime_ns
-    differing += [f"  log: {file.path} was written to since" for file in files if file.modified_ns > made_ns]
+    made_ns = identity_of(out / MANIFEST_NAME).modified_ns
+    differing += [f"  log: {file.path} was written to since" for file in files if file.identity.modified_ns > made_ns]
     if manifest.bad_rows.total > options.max_bad_rows:
         differing.append(f"  max_bad_rows: {manifest.bad_rows.total:,} were skipped, {options.max_bad_rows:,} may be")
     if differing:
@@ -196,7 +204,7 @@ def _settings(
     return {
         "torchdlrm": __version__,
         "work_folder": WORK_VERSION,
-        "log": [[str(file.path), file.size_bytes, file.modified_ns] for file in files],
+        "log": [[shown(file.path), file.size_bytes, file.identity.etag or file.identity.modified_ns] for file in files],
         "schema": schema.model_dump(mode="json", by_alias=True, exclude_none=True),
         **{name: value for name, value in vars(options).items() if name != "max_bad_rows"},
         "vocabulary": None if known is None else sha256_of(known.path / MANIFEST_NAME),
@@ -237,7 +245,7 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
     Raises:
         DatasetError: it is not complete, or its columns are others.
     """
-    known = Dataset.open(path)
+    known = Dataset.open(located(path))
     problems = []
     for column in schema.sparse:
         theirs = next((other for other in known.schema.sparse if other.name == column.name), None)

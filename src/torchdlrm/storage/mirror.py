@@ -142,15 +142,19 @@ def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None
         StorageError: it cannot be written.
     """
     to = to or path
-    if published_url(to) is None:
+    url = published_url(to)
+    if url is None:
         return
     _borrowed.get(get_ident(), []).append(path)
+    found = objects.listed(url) if last is not None else {}
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    pairs = [(file, to / file.relative_to(path)) for file in files if last is None or file != path / last]
-    lead = [pair for pair in pairs if published_url(pair[1]) is not None]
-    _each([lambda pair=pair: _push_file(*pair) for pair in lead])  # type: ignore[misc]
+    names = {file.relative_to(path).as_posix(): file for file in files}
+    names = {name: file for name, file in names.items() if published_url(to / name) is not None}
+    there = {name: found.get(name) if last is not None else _stamped(to / name) for name in names}
+    lead = [name for name in names if name != last]
+    _each([lambda name=name: _push_file(names[name], to / name, there[name]) for name in lead])  # type: ignore[misc]
     if last is not None:
-        _push_file(path / last, to / last)
+        _push_file(path / last, to / last, there[last])
 
 
 def finish(path: Path, last: str) -> None:
@@ -178,16 +182,20 @@ def remove(path: Path) -> None:
 
 def move(path: Path, target: Path, last: str) -> None:
     """Give a folder another name, here and in the bucket, which may have more of it; `last` as for `push`."""
-    path.rename(target)
     url, to = published_url(path), published_url(target)
     found = {} if url is None or to is None else objects.listed(url)
+    if to is not None:  # what another job has left there when it was killed
+        mine = {file.relative_to(path).as_posix() for file in path.rglob("*")} | found.keys()
+        objects.delete(*[f"{to}/{name}" for name in objects.listed(to).keys() - mine])
+        shutil.rmtree(target, ignore_errors=True)
     for names in (found.keys() - {last}, found.keys() & {last}):
         _each([lambda name=name: objects.copy(f"{url}/{name}", f"{to}/{name}") for name in names])  # type: ignore[misc]
     if found:
         _stamp_path(target).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             _stamp_path(path).rename(_stamp_path(target))
-    push(target, last)
+    push(path, last, to=target)
+    path.rename(target)  # what has its name here is complete there
     objects.delete(*[f"{url}/{name}" for name in found])
 
 
@@ -276,12 +284,11 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
         etag.unlink()
 
 
-def _push_file(path: Path, to: Path) -> None:
+def _push_file(path: Path, to: Path, there: ObjectStat | None) -> None:
     url = url_of(to)
     assert url is not None, "the caller has looked"
     size_bytes = path.stat().st_size
-    known = _stamped(to)
-    if known is None or not _is_current(to, known, path):
+    if there is None or not _is_current(to, there, path):
         _stamp(to, ObjectStat(size_bytes, objects.write(url, path)), path)
 
 
@@ -292,8 +299,8 @@ def _is_current(path: Path, wanted: ObjectStat, here: Path | None = None) -> boo
         now = (here or path).lstat()
     except (OSError, ValueError):
         return False
-    written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
-    return written and (etag, size_bytes) == (wanted.etag, wanted.size_bytes)
+    is_as_written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
+    return is_as_written and (etag, size_bytes) == (wanted.etag, wanted.size_bytes)
 
 
 def _stamped(path: Path) -> ObjectStat | None:

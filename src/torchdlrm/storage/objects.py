@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -50,10 +50,11 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """What identifies an object: the bucket's tag of its content, and its size."""
+    """What identifies an object: the bucket's tag of its content, and its size; when it was written, by `stat`."""
 
     size_bytes: int
     etag: str
+    modified_ns: int = field(default=0, compare=False)
 
 
 class ChangedError(StorageError):
@@ -137,7 +138,7 @@ def stat(url: str) -> ObjectStat:
         StorageError: it cannot be looked at.
     """
     found = _patiently(url, "looked at", lambda store, key: _obstore().head(store, key))
-    return ObjectStat(found["size"], _tag(found))
+    return ObjectStat(found["size"], _tag(found), int(found["last_modified"].timestamp()) * 10**9)
 
 
 def listed(url: str) -> dict[str, ObjectStat]:
@@ -261,7 +262,7 @@ def _configures(name: str) -> bool:
 
 
 def _is_final(said: str) -> bool:
-    return any(re.search(pattern, said) for pattern, _ in _REMEDIES[1:5])
+    return any(re.search(pattern, said) for pattern, _ in _REMEDIES[:5])
 
 
 def _failed(url: str, done: str, error: Exception) -> StorageError:

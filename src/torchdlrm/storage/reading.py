@@ -4,7 +4,7 @@ In: a path.  Out: a binary file with `seek`, whose bytes are all of one object: 
 """
 
 import io
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from torchdlrm.storage import objects
 from torchdlrm.storage.places import published_url, url_of
 
 RANGE_BYTES = 8 << 20
-_AHEAD = 3
+# What is asked for ahead of a reader that goes on: little at first, so that a look at a place costs little.
+_FIRST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 256 << 10, 32 << 20
+_BUFFER_BYTES = 64 << 10
 _ITEMS_AHEAD = 8
-_KEPT = 6
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _threads = ThreadPoolExecutor(16, thread_name_prefix="storage-read")
@@ -42,10 +43,12 @@ def identity_of(path: Path) -> FileIdentity:
     """
     url = url_of(path)
     if url is None:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         found = path.stat()
         return FileIdentity(found.st_size, found.st_mtime_ns)
     at = objects.stat(url)
-    return FileIdentity(at.size_bytes, 0, at.etag)
+    return FileIdentity(at.size_bytes, at.modified_ns, at.etag)
 
 
 def open_to_read(path: Path, identity: FileIdentity | None = None) -> BinaryIO:
@@ -59,7 +62,7 @@ def open_to_read(path: Path, identity: FileIdentity | None = None) -> BinaryIO:
     if url is None:
         return path.open("rb")
     found = identity or identity_of(path)
-    return cast("BinaryIO", io.BufferedReader(_Ranges(url, found), 1 << 20))
+    return cast("BinaryIO", io.BufferedReader(_Ranges(url, found), _BUFFER_BYTES))
 
 
 def parts_of(path: Path, *, whole: bool = False) -> Callable[[int, int | None], memoryview]:
@@ -91,13 +94,13 @@ def read_each(items: Iterable[_Item], read: Callable[[_Item], _Result]) -> Itera
 
 
 class _Ranges(io.RawIOBase):
-    """An object as a file: the range that is read, and some ahead of it where one range follows another."""
+    """An object as a file: what is read is asked for at once, in ranges, and some ahead of a reader that goes on."""
 
     def __init__(self, url: str, identity: FileIdentity) -> None:
         super().__init__()
         self._url, self._identity = url, identity
-        self._position, self._last = 0, -2
-        self._ranges: OrderedDict[int, Future[bytes]] = OrderedDict()
+        self._position, self._asked, self._ahead_bytes = 0, 0, 0
+        self._ranges: deque[tuple[int, Future[bytes]]] = deque()  # where each ends; they follow each other
 
     def readable(self) -> bool:
         return True
@@ -110,34 +113,43 @@ class _Ranges(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._identity.size_bytes}[whence]
-        self._position = max(0, start + offset)
+        position = max(0, start + offset)
+        if position != self._position:
+            self._drop()
+            self._position = self._asked = position
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
-        if self._position >= self._identity.size_bytes:
-            return 0
-        number, at = divmod(self._position, RANGE_BYTES)
-        ahead = _AHEAD if number in {self._last, self._last + 1} else 0
-        for wanted in range(number, number + 1 + ahead):
-            self._ask(wanted)
-        self._last = number
-        data = self._ranges[number].result()[at : at + len(buffer)]
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        start, end = self._position, min(self._position + len(buffer), self._identity.size_bytes)
+        # A buffer reads a block behind what is wanted.
+        self._ask(min(end + (len(buffer) > _BUFFER_BYTES) * _BUFFER_BYTES, self._identity.size_bytes))
+        if self._asked - end <= self._ahead_bytes // 2:
+            self._ask(min(end + self._ahead_bytes, self._identity.size_bytes))
+            self._ahead_bytes = min(max(4 * self._ahead_bytes, _FIRST_AHEAD_BYTES), _MOST_AHEAD_BYTES)
+        while self._position < end:
+            range_end, future = self._ranges[0]
+            data = future.result()
+            at = self._position - (range_end - len(data))
+            piece = memoryview(data)[at : at + end - self._position]
+            buffer[self._position - start : self._position - start + len(piece)] = piece
+            self._position += len(piece)
+            if self._position == range_end:
+                self._ranges.popleft()
+        return max(0, end - start)
 
     def close(self) -> None:
-        for future in self._ranges.values():
-            future.cancel()
-        self._ranges.clear()
+        self._drop()
         super().close()
 
-    def _ask(self, number: int) -> None:
-        start = number * RANGE_BYTES
-        if number in self._ranges:
-            self._ranges.move_to_end(number)
-        elif start < self._identity.size_bytes:
-            end = min(start + RANGE_BYTES, self._identity.size_bytes)
-            self._ranges[number] = _threads.submit(objects.read, self._url, start, end, etag=self._identity.etag)
-            if len(self._ranges) > _KEPT:
-                self._ranges.popitem(last=False)[1].cancel()
+    def _ask(self, end: int) -> None:
+        """Ask for all up to `end`, in ranges."""
+        while self._asked < end:
+            start, self._asked = self._asked, min(self._asked + RANGE_BYTES, end)
+            future = _threads.submit(objects.read, self._url, start, self._asked, etag=self._identity.etag)
+            self._ranges.append((self._asked, future))
+
+    def _drop(self) -> None:
+        for _, future in self._ranges:
+            future.cancel()
+        self._ranges.clear()
+        self._ahead_bytes = 0

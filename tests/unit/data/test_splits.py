@@ -12,10 +12,11 @@ from torchdlrm.data.splits import SPLIT_NAMES, SplitBounds, criteo_split
 from torchdlrm.errors import LogError
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.formats.text import TEXT
+from torchdlrm.storage.reading import FileIdentity
 
 
 def files(*days):
-    return [LogFile(Path(f"day_{day}" if day is not None else "log"), 1, day, TEXT) for day in days]
+    return [LogFile(Path(f"day_{day}" if day is not None else "log"), FileIdentity(1, 0), day, TEXT) for day in days]
 
 
 def test_the_kaggle_log_is_cut_as_facebookresearch_dlrm_cuts_it():

@@ -25,6 +25,7 @@ from torchdlrm.logs.format import extra_columns
 from torchdlrm.logs.formats.text import TEXT, parse_chunk
 from torchdlrm.logs.lines import MAX_ROW_BYTES, plan_chunks, read_chunks
 from torchdlrm.prediction.rows_in import RowsIn
+from torchdlrm.storage.reading import identity_of
 
 SCHEMA = FeatureSchema(
     name="small",
@@ -183,7 +184,7 @@ def test_planned_chunks_are_whole_lines_and_together_the_file(tmp_path_factory, 
     text = text or b"x\n"
     path = tmp_path_factory.mktemp("plan") / "log"
     path.write_bytes(b"\xef\xbb\xbf" + text if mark else text)
-    file = LogFile(path, path.stat().st_size, None, TEXT)
+    file = LogFile(path, identity_of(path), None, TEXT)
     chunks = plan_chunks(file, SCHEMA, chunk_bytes)
     data = path.read_bytes()
     assert b"".join(data[chunk.start : chunk.end] for chunk in chunks) == text

@@ -11,6 +11,7 @@ from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.logs.sniff import is_quoted, sniff
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.storage.reading import FileIdentity
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
     ],
 )
 def test_the_separator_is_the_mark_that_cuts_the_lines_alike(text, separator, quoted, num_columns):
-    cut = sniff(text.encode(), LogFile(Path("log"), len(text), None, TEXT))
+    cut = sniff(text.encode(), LogFile(Path("log"), FileIdentity(len(text), 0), None, TEXT))
     assert (cut.mark, cut.num_columns) == (separator, num_columns)
     assert is_quoted([text.encode()], cut.mark) == quoted
 

@@ -12,6 +12,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.prediction.rows_in import find_columns, schema_for_writing
+from torchdlrm.storage.reading import FileIdentity
 
 SCHEMA = FeatureSchema(
     name="shop",
@@ -33,7 +34,7 @@ def found(log, schema, wanted):
 
 
 def columns_of_text(head, schema, wanted):
-    with TEXT.opened(BytesIO(head), LogFile(LOG, len(head), None, TEXT), schema) as log:
+    with TEXT.opened(BytesIO(head), LogFile(LOG, FileIdentity(len(head), 0), None, TEXT), schema) as log:
         return found(log, schema, wanted)
 
 

@@ -6,15 +6,17 @@
 | `day_N_sparse_multi_hot.npz` of MLPerf, members `0.npy` to `25.npy`, (n, k) | the same |
 | `label.bin`, float32, of TorchRec's `nvt_dataloader` | `numerical.bin`, float32 n x 13; `cat_0.bin` ..., int32 |
 
-Columns have the names of the preset `criteo`: `label`, `int_0`, ..., `cat_0`, ...  Rows are read in blocks of 65,536
-out of mapped memory.
+Columns have the names of the preset `criteo`: `label`, `int_0`, ..., `cat_0`, ...  Rows are read in blocks of 65,536.
 """
 
+import math
+import os
 import zipfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +25,52 @@ from numpy.typing import NDArray
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE, NUM_CRITEO_SPARSE
+from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.tables import TableFile, TableFormat
+from torchdlrm.storage.reading import identity_of, open_to_read
 
 DENSE_NAMES = tuple(f"int_{i}" for i in range(NUM_CRITEO_DENSE))
 SPARSE_NAMES = tuple(f"cat_{i}" for i in range(NUM_CRITEO_SPARSE))
 _BLOCK_ROWS = 1 << 16
 _Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An array in a file, row after row from a byte on."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    first_byte: int = 0
+
+    @classmethod
+    def after_header(cls, path: Path, raw: BinaryIO) -> "_Stored":
+        """That of a NumPy file, or of a member of an archive, which begins where `raw` stands."""
+        version = npy_format.read_magic(raw)
+        header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, is_turned, dtype = header(raw)
+        first_byte = raw.tell()
+        if dtype.hasobject or (is_turned and len(shape) > 1):
+            raise ValueError("it is no array of numbers, row after row (in C order)")
+        if raw.seek(0, os.SEEK_END) < first_byte + math.prod(shape) * dtype.itemsize:
+            raise ValueError("it is cut off")
+        return cls(path, dtype, shape, first_byte)
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def rows(self, start: int, end: int) -> _Array:
+        """Some of its rows, two-dimensional."""
+        size_bytes = (min(end, self.shape[0]) - start) * self.row_bytes
+        content = b""
+        if size_bytes:
+            with open_to_read(self.path) as raw:
+                raw.seek(self.first_byte + start * self.row_bytes)
+                content = raw.read(size_bytes)
+        return np.frombuffer(content, self.dtype).reshape(-1, math.prod(self.shape[1:]))
 
 
 class _Arrays(TableFormat):
@@ -37,33 +79,34 @@ class _Arrays(TableFormat):
     text_bytes_a_byte: ClassVar[float] = 3.0
 
     @abstractmethod
-    def arrays(self, path: Path) -> Mapping[str, tuple[Path, _Array]]:
-        """Each column, (n,) or (n, k), and the file that it stands in; the label is the first.
+    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | None]]:
+        """Each column: the array that it stands in, and at which place; None: it is all of it.  The label is the first.
 
         Raises:
             LogError: a file is missing, or has another shape or type.
         """
 
-    def describe(self, path: Path) -> TableFile:
+    def describe(self, file: LogFile) -> TableFile:
         """The columns; a group is a block of rows."""
-        arrays = self.arrays(path)
-        fields = [(name, _arrow(array[:0]).type) for name, (_, array) in arrays.items()]
-        num_rows = len(next(iter(arrays.values()))[1])
+        arrays = self.arrays(file.path)
+        fields = [(name, _arrow(_column(array.rows(0, 0), at)).type) for name, (array, at) in arrays.items()]
+        num_rows = arrays["label"][0].shape[0]
         rows = [min(_BLOCK_ROWS, num_rows - start) for start in range(0, num_rows, _BLOCK_ROWS)]
-        row_bytes = sum(array.itemsize * (array.shape[1] if array.ndim > 1 else 1) for _, array in arrays.values())
+        row_bytes = sum(array.row_bytes for array in {array for array, _ in arrays.values()})
         return TableFile(pa.schema(fields), [count * row_bytes for count in rows], rows)
 
-    def table(self, path: Path, groups: range, names: Sequence[str]) -> pa.Table:
+    def table(self, file: LogFile, groups: range, names: Sequence[str]) -> pa.Table:
         """Columns of blocks of rows; a number that is not finite is refused, since encoded rows lack none."""
-        arrays = self.arrays(path)
+        arrays = self.arrays(file.path)
         start, end = groups.start * _BLOCK_ROWS, groups.stop * _BLOCK_ROWS
+        read = {array: array.rows(start, end) for array in {arrays[name][0] for name in names}}
         columns = {}
         for name in names:
-            file, array = arrays[name]
-            values = np.asarray(array[start:end])
+            array, at = arrays[name]
+            values = _column(read[array], at)
             if values.dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(values))):
                 row = start + int(bad[0])
-                msg = f"{file}, row {row + 1:,}, column {name}: {values[bad[0]]} is not a finite number"
+                msg = f"{array.path}, row {row + 1:,}, column {name}: {values[bad[0]]} is not a finite number"
                 raise LogError(msg)
             columns[name] = _arrow(values)
         return pa.table(columns)
@@ -79,22 +122,22 @@ class NpyFormat(_Arrays):
         """By its name: a file of another content is a damaged one."""
         return path.name.endswith(self.ending)
 
-    def arrays(self, path: Path) -> Mapping[str, tuple[Path, _Array]]:
+    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | None]]:
         """The columns of the arrays of a day."""
         stem = path.name.removesuffix(self.ending)
         files = {kind: path.with_name(f"{stem}_{kind}.npy") for kind in ("labels", "dense")}
         labels, dense = (_load(file) for file in files.values())
-        num_rows = len(labels)
-        _expect(files["labels"], labels, (num_rows, 1)[: max(1, labels.ndim)])
+        num_rows = labels.shape[0] if labels.shape else 0
+        _expect(files["labels"], labels, (num_rows, 1)[: max(1, len(labels.shape))])
         _expect(files["dense"], dense, (num_rows, NUM_CRITEO_DENSE))
-        columns = {"label": (files["labels"], labels.reshape(num_rows))}
-        columns |= {name: (files["dense"], dense[:, i]) for i, name in enumerate(DENSE_NAMES)}
-        return columns | {name: (path, ids) for name, ids in zip(SPARSE_NAMES, self._ids(path, num_rows), strict=True)}
+        columns: dict[str, tuple[_Stored, int | None]] = {"label": (labels, 0)}
+        columns |= {name: (dense, i) for i, name in enumerate(DENSE_NAMES)}
+        return columns | dict(zip(SPARSE_NAMES, self._ids(path, num_rows), strict=True))
 
-    def _ids(self, path: Path, num_rows: int) -> Sequence[_Array]:
+    def _ids(self, path: Path, num_rows: int) -> Sequence[tuple[_Stored, int | None]]:
         ids = _load(path)
         _expect(path, ids, (num_rows, NUM_CRITEO_SPARSE))
-        return [ids[:, i] for i in range(NUM_CRITEO_SPARSE)]
+        return [(ids, i) for i in range(NUM_CRITEO_SPARSE)]
 
 
 class MultiHotFormat(NpyFormat):
@@ -103,11 +146,11 @@ class MultiHotFormat(NpyFormat):
     name: ClassVar[str] = "multi-hot NumPy"
     ending: ClassVar[str] = "_sparse_multi_hot.npz"
 
-    def _ids(self, path: Path, num_rows: int) -> Sequence[_Array]:
-        """The members of an uncompressed npz, mapped into memory where they lie in the file."""
-        arrays: list[_Array] = []
+    def _ids(self, path: Path, num_rows: int) -> Sequence[tuple[_Stored, int | None]]:
+        """The members of an uncompressed npz."""
+        arrays = []
         try:
-            with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+            with open_to_read(path) as raw, zipfile.ZipFile(raw) as archive:
                 for i in range(NUM_CRITEO_SPARSE):
                     info = archive.getinfo(f"{i}.npy")
                     if info.compress_type != zipfile.ZIP_STORED:
@@ -117,19 +160,13 @@ class MultiHotFormat(NpyFormat):
                     raw.seek(info.header_offset + 26)
                     lengths = np.frombuffer(raw.read(4), "<u2")
                     raw.seek(info.header_offset + 30 + int(lengths.sum()))
-                    version = npy_format.read_magic(raw)
-                    header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-                    shape, fortran, dtype = header(raw)
-                    if fortran or dtype.hasobject:
-                        msg = f"member {i}.npy is not an array of numbers in C order"
-                        raise ValueError(msg)
-                    arrays.append(np.memmap(path, dtype, "r", raw.tell(), shape))
+                    arrays.append(_Stored.after_header(path, raw))
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             msg = f"{path}: not upstream's multi-hot file ({error})"
             raise LogError(msg) from error
         for i, array in enumerate(arrays):
-            _expect(Path(f"{path}/{i}.npy"), array, (num_rows, array.shape[1] if array.ndim == 2 else -1))
-        return arrays
+            _expect(Path(f"{path}/{i}.npy"), array, (num_rows, array.shape[1] if len(array.shape) == 2 else -1))
+        return [(array, None) for array in arrays]
 
 
 class NvtFormat(_Arrays):
@@ -142,17 +179,21 @@ class NvtFormat(_Arrays):
         """By its name."""
         return path.name == "label.bin"
 
-    def arrays(self, path: Path) -> Mapping[str, tuple[Path, _Array]]:
+    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | None]]:
         """The columns of the files of a folder."""
-        num_rows = path.stat().st_size // 4
-        label, numerical = (
-            _mapped(path.with_name(f"{name}.bin"), np.float32, width, num_rows)
-            for name, width in (("label", 1), ("numerical", NUM_CRITEO_DENSE))
-        )
-        columns = {"label": (path, label[:, 0])}
-        columns |= {name: (path.with_name("numerical.bin"), numerical[:, i]) for i, name in enumerate(DENSE_NAMES)}
-        files = {name: path.with_name(f"{name}.bin") for name in SPARSE_NAMES}
-        return columns | {name: (file, _mapped(file, np.int32, 1, num_rows)[:, 0]) for name, file in files.items()}
+        num_rows = identity_of(path).size_bytes // 4
+
+        def array(name: str, dtype: type[np.generic], width: int = 1) -> _Stored:
+            return _of_bytes(path.with_name(f"{name}.bin"), np.dtype(dtype), (num_rows, width))
+
+        numerical = array("numerical", np.float32, NUM_CRITEO_DENSE)
+        columns: dict[str, tuple[_Stored, int | None]] = {"label": (array("label", np.float32), 0)}
+        columns |= {name: (numerical, i) for i, name in enumerate(DENSE_NAMES)}
+        return columns | {name: (array(name, np.int32), 0) for name in SPARSE_NAMES}
+
+
+def _column(rows: _Array, at: int | None) -> _Array:
+    return rows if at is None else rows[:, at]
 
 
 def _arrow(values: _Array) -> pa.Array:
@@ -162,31 +203,32 @@ def _arrow(values: _Array) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
 
 
-def _load(path: Path) -> _Array:
+def _load(path: Path) -> _Stored:
     try:
-        array: _Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open_to_read(path) as raw:
+            return _Stored.after_header(path, raw)
     except FileNotFoundError as error:
         msg = f"{path}: there is no such file; upstream writes dense, sparse and labels together"
         raise LogError(msg) from error
     except (EOFError, ValueError) as error:
         msg = f"{path}: not a NumPy file ({error})"
         raise LogError(msg) from error
-    return array
 
 
-def _expect(path: Path, array: _Array, shape: Sequence[int]) -> None:
-    if array.ndim != len(shape) or tuple(array.shape) != tuple(shape):
-        msg = f"{path}: has shape {tuple(array.shape)}, expected {tuple(shape)}"
+def _expect(path: Path, array: _Stored, shape: Sequence[int]) -> None:
+    if array.shape != tuple(shape):
+        msg = f"{path}: has shape {array.shape}, expected {tuple(shape)}"
         raise LogError(msg)
 
 
-def _mapped(path: Path, dtype: type[np.generic], width: int, num_rows: int) -> _Array:
+def _of_bytes(path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> _Stored:
     try:
-        size = path.stat().st_size
-    except OSError as error:
+        size_bytes = identity_of(path).size_bytes
+    except FileNotFoundError as error:
         msg = f"{path}: there is no such file"
         raise LogError(msg) from error
-    if size != 4 * width * num_rows:
-        msg = f"{path}: has {size:,} bytes, expected {4 * width * num_rows:,} for the {num_rows:,} labels"
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if size_bytes != expected_bytes:
+        msg = f"{path}: has {size_bytes:,} bytes, expected {expected_bytes:,} for the {shape[0]:,} labels"
         raise LogError(msg)
-    return np.memmap(path, dtype, "r", shape=(num_rows, width))
+    return _Stored(path, dtype, shape)
