@@ -170,3 +170,21 @@ def test_patterns_and_prefixes_name_objects_in_order(bucket):
     assert [path.name for path in mirror.files_at(located(f"{bucket}/d"))] == ["10.gz", "2.gz"]
     with pytest.raises(StorageError, match="no object has such a name"):
         mirror.files_at(located(f"{bucket}/none-*"))
+
+
+def test_a_link_is_led_elsewhere_unless_another_host_has_done_so(bucket, monkeypatch, tmp_path):
+    link = located(f"{bucket}/live/current")
+    tag = mirror.lead_link(link, "bundles/0001", mirror.fetch_link(link))
+    assert bytes_of(f"{bucket}/live")["current"] == b"bundles/0001"
+    assert tag == mirror.fetch_link(link)
+    with monkeypatch.context() as other:
+        other.setenv("TORCHDLRM_CACHE", str(tmp_path / "other host"))
+        there = located(f"{bucket}/live/current")
+        mirror.lead_link(there, "bundles/0002", mirror.fetch_link(there))
+    with pytest.raises(ChangedError):
+        mirror.lead_link(link, "bundles/0003", tag)
+    assert str(link.readlink()) == "bundles/0001"
+    mirror.fetch_link(link)
+    assert str(link.readlink()) == "bundles/0002"
+    assert mirror.lead_link(tmp_path / "current", "bundles/0001", None) is None
+    assert str((tmp_path / "current").readlink()) == "bundles/0001"

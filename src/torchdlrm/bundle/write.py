@@ -218,7 +218,7 @@ def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, st
     for feature, sparse in dataset.manifest.sparse.items():
         if sparse.vocabulary is not None:
             table, index = f"{_VOCABULARY_FOLDER}/{feature}.parquet", f"{_VOCABULARY_FOLDER}/{feature}.index"
-            shutil.copyfile(dataset.path / sparse.vocabulary.path, folder / table)
+            shutil.copyfile(dataset.file(sparse.vocabulary), folder / table)
             if sha256_of(folder / table) != sparse.vocabulary.sha256:
                 msg = f"{dataset.path / sparse.vocabulary.path}: damaged; copy or preprocess the dataset again"
                 raise DatasetError(msg)

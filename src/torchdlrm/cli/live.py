@@ -22,7 +22,7 @@ from torchdlrm.cli.terminal import (
     warn,
     warn_of_crowding,
 )
-from torchdlrm.errors import TorchDLRMError
+from torchdlrm.errors import TorchDLRMError, UserError
 from torchdlrm.folders import expect
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.preprocessing.options import Resources
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 def advance(
     live: Path,
-    logs: list[Path],
+    logs: Annotated[list[Path], Parameter(show_default=False)] = [],  # noqa: B006 - it is only read
     *,
+    watch: Path | None = None,
     config: str | None = None,
     schema: str | None = None,
     settings: Annotated[LiveSettings, Parameter(name="*")] = LiveSettings(),  # noqa: B008 - frozen
@@ -59,6 +60,8 @@ def advance(
     Args:
         live: Folder of the live model; the first call makes it.
         logs: Files of the period's log, text, JSON Lines, Parquet or ORC.
+        watch: In place of LOGS a folder of them: does a period for each folder of files in it, an hour or a day, in the
+            order of names, once it has a file _SUCCESS or a later one has begun; waits for more.
         config: TOML file of the runs, or the name of one that comes with torchdlrm; needed by the first call, and kept
             in LIVE/config.toml.
         schema: What the columns are, as `dlrm preprocess` has it; needed by the first call, and kept in
@@ -69,6 +72,8 @@ def advance(
     """
     announce(f"advance {live}")
 
+    if bool(logs) == bool(watch) or (watch and dry_run):
+        raise UserError("`logs`: give the files of a period's log, or in place of them `watch`, which has no dry run")
     given: dict[str, Any] = {"config": config, "schema": schema, "settings": settings, "restart": restart}
     given |= vars(own_model)
     if dry_run:
@@ -76,26 +81,31 @@ def advance(
         return
 
     from torchdlrm.live.advance import advance as advance_live
+    from torchdlrm.live.logs import watched_logs
     from torchdlrm.live.model import LiveModel
     from torchdlrm.training.processes.launch import Processes
 
     processes = Processes(nproc_per_node)
     warn_of_crowding(processes)
-    complete = {record.period for record in LiveModel(live).periods}
-    with saying_at_ctrl_c("interrupted; the same command resumes"), progress_bars("") as progress:
-        record = advance_live(
-            live, logs, resources=resources, train_by=_training_in(processes), progress=progress, **given
-        )
-    if record.period in complete:
-        say(f"period {record.period} has this log, and is complete: nothing was left to do")
-    _print_record(record)
-    if as_json:
-        print_json({"live": str(live), **record.model_dump(mode="json")})
-    if not record.published:
-        why = "; ".join(record.gate.reasons)
-        again = f"dlrm rollback {shlex.quote(str(live))} {record.period}"
-        msg = f"period {record.period} is not published: {why}. {again} publishes it"
-        raise TorchDLRMError(msg)
+    given |= {"resources": resources, "train_by": _training_in(processes)}
+    periods = LiveModel(live).fetch().periods
+    complete = {record.period for record in periods}
+    with saying_at_ctrl_c("interrupted; the same command resumes"):
+        for log in watched_logs(watch, periods) if watch else [logs]:
+            with progress_bars("") as progress:
+                record = advance_live(live, log, progress=progress, **given)
+            if record.period in complete:
+                say(f"period {record.period} has this log, and is complete: nothing was left to do")
+            _print_record(record)
+            if as_json:
+                print_json({"live": str(live), **record.model_dump(mode="json")})
+            if not record.published:
+                why = "; ".join(record.gate.reasons)
+                again = f"dlrm rollback {shlex.quote(str(live))} {record.period}"
+                msg = f"period {record.period} is not published: {why}. {again} publishes it"
+                if watch is None:
+                    raise TorchDLRMError(msg)
+                warn(msg)
     say_next("dlrm serve {}, which follows, or dlrm inspect {}", live / "current", live)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from torchdlrm.bundle.apply import DELTA_NAMES, write_delta
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.manifest import MANIFEST_NAME, BundleManifest
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset, SparseRecord
@@ -35,7 +35,8 @@ from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
-from torchdlrm.files import remove_folder, sync, write_atomically
+from torchdlrm.files import publish_folder, remove_folder, sync, write_atomically
+from torchdlrm.folders import kind_of
 from torchdlrm.live.changes import STEPS
 from torchdlrm.live.gate import judge, progressive_metrics, read_scores, require_same_rows, score_log
 from torchdlrm.live.logs import find_log
@@ -56,10 +57,12 @@ from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.options import PreprocessOptions, Resources
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage import mirror
+from torchdlrm.storage.places import located
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
-_CANDIDATE_NAME, _DELTA_NAME = "bundle", "delta"
+_CANDIDATE_NAME, _DELTA_NAME = "bundle", ".delta"
 _LEFT_BY: Mapping[StepName | None, tuple[str, ...]] = {
     "preprocess": (DATASET_NAME, work_folder(Path(DATASET_NAME)).name),
     "learn": (RUN_NAME, REPLAY_NAME),
@@ -87,7 +90,7 @@ def advance(
     that the current model has learnt already changes nothing.
 
     Args:
-        live: folder of the live model.
+        live: folder of the live model, or its URL.
         logs: the file of the period's log, or its files; read again where later periods replay it.
         config: of the runs, as `train` takes it; needed by the first call, and kept in `config.toml`. One that is
             changed later is kept when the period that was learnt with it is complete.
@@ -110,29 +113,29 @@ def advance(
         TrainingError: the training failed.
         Interrupted: SIGTERM or Ctrl-C.
     """
-    log = find_log(logs)
+    log, model = find_log(logs), LiveModel(located(live))
     own_model: dict[str, Any] = {
         "model_class": model_class,
         "allow_changed_model_class": allow_changed_model_class,
     }
     look = partial(
-        preview_advance, live, log, config=config, schema=schema, settings=settings, restart=restart, **own_model
+        preview_advance, model, log, config=config, schema=schema, settings=settings, restart=restart, **own_model
     )
     look()  # before anything is written
-    with watched(progress) as listener, LiveModel(Path(live)).locked():
+    with watched(progress) as listener, model.locked():
         preview = look()
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
-            write_atomically(preview.live.path / name, text)
+            write_atomically(model.path / name, text)
         for warning in preview.warnings if preview.is_new_config else ():  # once
             listener.note(f"warning: {warning}")
         for note in preview.notes:
             listener.note(note)
         if preview.removed is not None:
-            preview.live.remove_period(preview.removed, preview.draft.base)
+            model.remove_period(preview.removed, preview.draft.base)
         record = preview.done
         if record is None:
             record = _Period(preview, log.files, resources, train_by, own_model, listener).run()
-        preview.live.tidy()
+        model.tidy()
     return record
 
 
@@ -158,6 +161,12 @@ class _Period:
         """Do the steps that are left."""
         for name in _LEFT_BY.get(self.preview.begun_again, ()):
             remove_folder(self.day / name)
+        number = mirror.fetch(self.day, [SCORES_NAME]).name
+        names = (DATASET_NAME, f"{REPLAY_NAME}/*/{DATASET_NAME}", _CANDIDATE_NAME)
+        for pattern in (*(f"days/{number}/{name}" for name in names), f"bundles/{number}*"):
+            for folder in self.live.path.glob(pattern):
+                if kind_of(folder) is None:  # it reached its bucket in part
+                    remove_folder(folder)
         self.live.write_draft(self.draft)
         actions = (self._score, self._preprocess, self._learn, self._export, self._check, self._publish)
         for name in self.preview.steps:
@@ -189,12 +198,15 @@ class _Period:
             progress=self.progress,
         )
         sync(scores)
+        mirror.push(scores)
         progressive = progressive_metrics(read_scores(scores, predictor.schema), predictor.schema)
         self._note(progressive=progressive, unseen_fraction=unseen)
         return scores.stat().st_size
 
     def _preprocess(self) -> int:
         base, settings = self.draft.base, self.settings
+        if base is not None:
+            mirror.fetch(self.live.day(base) / DATASET_NAME, ("*.json", "vocabulary/*", "candidates/*"))
         options = replace(
             self._options,
             vocabulary=None if base is None else self.live.day(base) / DATASET_NAME,
@@ -293,14 +305,16 @@ class _Period:
         candidate, bundle, delta = self.day / _CANDIDATE_NAME, self.live.bundle(period), self.live.delta(period)
         bundle.parent.mkdir(exist_ok=True)
         if not bundle.exists():
-            candidate.rename(bundle)
+            mirror.move(candidate, bundle, MANIFEST_NAME)
+        if candidate.exists():  # an object is moved by a copy
+            remove_folder(candidate)
         if base is not None and not delta.exists():
             made = self.day / _DELTA_NAME
             remove_folder(made)
             with complete_folder(made, DELTA_NAMES) as folder:
-                write_delta(self.live.bundle(base), bundle, folder, self.progress)
+                write_delta(mirror.fetch(self.live.bundle(base)), mirror.fetch(bundle), folder, self.progress)
             if 2 * _folder_bytes(made) < _folder_bytes(bundle):
-                made.rename(delta)
+                publish_folder(made, delta, DELTA_NAMES[0])
             remove_folder(made)
         sync(bundle.parent)
         assert self.draft.gate is not None, "the check comes before"
@@ -349,4 +363,4 @@ class _Period:
 
 def _folder_bytes(folder: Path) -> int:
     """Of all files; 0 where the folder is not there."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(filter(None, mirror.sizes_of(folder).values()))

@@ -5,16 +5,22 @@ files as they were when their checksums were taken, and refuses one that has bee
 Why: docs/decisions/a-log-is-known-by-its-bytes.md.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchdlrm.errors import LiveError, LogError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.files import sha256_of
 from torchdlrm.live.record import LogRecord, PeriodRecord
-from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.files import LogFile, reading
 from torchdlrm.logs.find import find_files
+from torchdlrm.storage import mirror
+from torchdlrm.storage.places import located, shown
+from torchdlrm.storage.reading import open_to_read
+
+_LOOK_EVERY_S = 5.0  # at a watched prefix
 
 
 @dataclass(frozen=True)
@@ -31,16 +37,41 @@ def find_log(logs: str | Path | Sequence[str | Path]) -> PeriodLog:
     Raises:
         LogError: a file is missing, empty, of a kind that is not read, still being written, or a copy of another.
     """
-    files = find_files([Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)])
+    files = find_files([located(log) for log in ([logs] if isinstance(logs, str | Path) else logs)])
     records: dict[str, LogRecord] = {}
     for file in files:
-        sha256 = sha256_of(file.path)
+        with reading(file.path), open_to_read(file.path) as raw:
+            sha256 = hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]  # of typeshed
         file.check_unchanged()
         if sha256 in records:
             msg = f"{file.path}: is a copy of {records[sha256].path}; every row of a log counts once"
             raise LogError(msg)
-        records[sha256] = LogRecord(path=str(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256)
+        records[sha256] = LogRecord(path=shown(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256)
     return PeriodLog(files, tuple(records.values()))
+
+
+def watched_logs(prefix: Path, periods: Sequence[PeriodRecord]) -> Iterator[list[Path]]:
+    """The logs under a prefix after the last that a period was of, in the order of names; waits for more for ever.
+
+    A log is the files of a folder, of an hour or a day, or a file in the prefix itself.  It is complete when a
+    file `_SUCCESS` is in the folder, or a later log is there.
+    """
+    prefix, learnt = prefix.resolve(), [located(log.path) for record in periods for log in record.logs]
+    after = max((_unit(path.relative_to(prefix)) for path in learnt if path.is_relative_to(prefix)), default="")
+    while True:
+        sizes, logs = mirror.sizes_of(prefix), dict[str, list[Path]]()
+        for name in sorted(sizes):
+            if sizes[name] and not mirror.is_hidden(name) and _unit(Path(name)) > after:
+                logs.setdefault(_unit(Path(name)), []).append(prefix / name)
+        if (first := min(logs, default="")) and (len(logs) > 1 or f"{first}/_SUCCESS" in sizes):
+            yield logs[after := first]
+        else:
+            time.sleep(_LOOK_EVERY_S)
+
+
+def _unit(name: Path) -> str:
+    """What a file under a watched prefix is a part of: its folder there, or itself."""
+    return str(name.parent) if name.parent.name else name.name
 
 
 def require_readable(log: PeriodLog, schema: FeatureSchema, max_bad_rows: int) -> None:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
@@ -21,12 +21,17 @@ from torchdlrm.files import remove_folder, sync, write_atomically
 from torchdlrm.folders import wrong_folder
 from torchdlrm.live.record import RECORD_NAME, GateRecord, LogRecord, PeriodRecord, ProgressiveMetrics, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings
+from torchdlrm.storage import mirror
+from torchdlrm.storage.lease import leased
+from torchdlrm.storage.places import located
 
 SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME = "live.toml", "schema.toml", "config.toml"
 CURRENT_NAME, BUNDLES_NAME, DAYS_NAME, LOCK_NAME = "current", "bundles", "days", ".lock"
 RUN_NAME, DATASET_NAME, REPLAY_NAME, _DRAFT_NAME = "run", "dataset", "replay", "draft.json"
 _OURS = (SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME, CURRENT_NAME, BUNDLES_NAME, DAYS_NAME, LOCK_NAME)
 _OURS_HALF_WRITTEN = tuple(f".{name}" for name in _OURS)
+# What is read of all periods; the rest is fetched when it is needed.
+_KNOWN = ("*.toml", f"{DAYS_NAME}/*.json")
 
 
 class Draft(BaseModel):
@@ -67,18 +72,26 @@ class LiveModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._confirm: Callable[[], None] = lambda: None  # that no other process has taken over
+        self._tag: str | None = None  # of the object `current`
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """A live model that is there.
+        """A live model that is there, in a folder or at a URL.
 
         Raises:
             LiveError: there is none.
         """
-        live = cls(Path(path))
+        live = cls(located(path)).fetch()
         if not live.exists:
-            raise wrong_folder(path, "live model")
+            raise wrong_folder(live.path, "live model")
         return live
+
+    def fetch(self) -> Self:
+        """Bring what is known of the periods into the cache, where this is in a bucket, as it is there now."""
+        mirror.fetch(self.path, _KNOWN)
+        self._tag = mirror.fetch_link(self.path / CURRENT_NAME)
+        return self
 
     @property
     def exists(self) -> bool:
@@ -151,16 +164,17 @@ class LiveModel:
         Raises:
             LiveError: it is a folder.
         """
-        link, temporary = self.path / CURRENT_NAME, self.path / f".{CURRENT_NAME}"
+        link = self.path / CURRENT_NAME
         if link.is_dir() and not link.is_symlink():
             msg = f"{link}: is a folder and no link, as in a copy that followed links; remove it, and do this again"
             raise LiveError(msg)
-        temporary.unlink(missing_ok=True)
+        self._confirm()
         if period is None:
+            mirror.remove(link)
             link.unlink(missing_ok=True)
+            self._tag = None
         else:
-            temporary.symlink_to(f"{BUNDLES_NAME}/{self.bundle(period).name}", target_is_directory=True)
-            temporary.replace(link)
+            self._tag = mirror.lead_link(link, f"{BUNDLES_NAME}/{self.bundle(period).name}", self._tag)
         sync(self.path)
 
     @property
@@ -189,6 +203,7 @@ class LiveModel:
 
     def write_draft(self, draft: Draft) -> None:
         """Write down how far a period is."""
+        self._confirm()
         folder = self.day(draft.period)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _DRAFT_NAME, draft.model_dump_json(indent=1) + "\n")
@@ -214,16 +229,16 @@ class LiveModel:
         for period in complete:
             day = self.day(period)
             _remove_hidden(day)
-            remove_folder(day / REPLAY_NAME)
-            (day / _DRAFT_NAME).unlink(missing_ok=True)
-            if period == current:
-                continue
-            if period not in complete[-settings.keep_runs :]:
-                for name in (RUN_NAME, DATASET_NAME):
-                    remove_folder(day / name)
-            if period not in complete[-settings.keep_bundles :]:
-                for folder in (self.bundle(period), self.delta(period)):
-                    remove_folder(folder)
+            if (day / _DRAFT_NAME).exists():  # to ask the bucket takes time
+                mirror.remove(day / _DRAFT_NAME)
+                (day / _DRAFT_NAME).unlink(missing_ok=True)
+            old = [day / REPLAY_NAME]
+            if period != current and period not in complete[-settings.keep_runs :]:
+                old += [day / RUN_NAME, day / DATASET_NAME]
+            if period != current and period not in complete[-settings.keep_bundles :]:
+                old += [self.bundle(period), self.delta(period)]
+            for folder in filter(Path.exists, old):
+                remove_folder(folder)
 
     def require_ours(self) -> None:
         """See that the folder of a new live model holds no files that are not its own.
@@ -245,10 +260,12 @@ class LiveModel:
         """Keep other processes from changing this live model.
 
         Raises:
-            LiveError: one is changing it.
+            LiveError: one of this host is changing it.
+            StorageError: one of another host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK_NAME).open("a", encoding="utf-8") as lock:
+        lock_path = self.path / LOCK_NAME
+        with leased(lock_path) as self._confirm, lock_path.open("a", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -290,6 +307,7 @@ def rollback(live: str | Path, period: int) -> PeriodRecord:
     """
     model = LiveModel.open(live)
     with model.locked():
+        model.fetch()
         records = {record.period: record for record in model.periods}
         if period not in records:
             known = ", ".join(map(str, records)) or "none"

@@ -4,6 +4,7 @@ In: a live model's folder (which need not be there), a log, settings.  Out: an `
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.preprocessing.preprocess import work_folder
+from torchdlrm.storage.places import located
+from torchdlrm.storage.reading import identity_of
 from torchdlrm.training.trackers import check_trackers
 
 
@@ -97,7 +100,7 @@ class AdvancePreview:
 
 
 def preview_advance(
-    live: str | Path,
+    live: str | Path | LiveModel,
     logs: str | Path | Sequence[str | Path] | PeriodLog,
     *,
     config: Config | str | Path | None = None,
@@ -107,7 +110,7 @@ def preview_advance(
     allow_changed_model_class: bool = False,
     restart: bool = False,
 ) -> AdvancePreview:
-    """Look ahead; the arguments are those of `advance`, or a log that was found.
+    """Look ahead; the arguments are those of `advance`, or a live model, and a log that was found.
 
     Raises:
         LiveError: the folder holds something else, `current` is broken, another period has been begun, what is to be
@@ -117,12 +120,12 @@ def preview_advance(
         LogError: a file of the log is missing or empty, or its beginning is not what the schema says.
     """
     log = logs if isinstance(logs, PeriodLog) else find_log(logs)
-    model = LiveModel(Path(live))
+    model = (live if isinstance(live, LiveModel) else LiveModel(located(live))).fetch()
     model.require_ours()
     missing = [name for name, given in (("config", config), ("schema", schema)) if given is None]
     if missing and not model.exists:
         needed = " and ".join(f"`{name}`" for name in missing)
-        msg = f"`live`: there is no live model in {live} yet, and the first period needs {needed}"
+        msg = f"`live`: there is no live model in {model.path} yet, and the first period needs {needed}"
         raise LiveError(msg)
     files: dict[str, str] = {}
     columns = choose_schema(model, schema, files)
@@ -242,13 +245,14 @@ def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveS
     found = lineage_of(periods, base)[: settings.replay_periods - 1][::-1]
     for record in found:
         for log in record.logs:
-            path = Path(log.path)
-            if not path.is_file() or path.stat().st_size != log.size_bytes:
-                msg = (
-                    f"{path}: is not the log of period {record.period} any more, which replay_periods = "
-                    f"{settings.replay_periods} learns from again; put it back, or make replay_periods smaller"
-                )
-                raise LiveError(msg)
+            with suppress(FileNotFoundError):
+                if identity_of(located(log.path)).size_bytes == log.size_bytes:
+                    continue
+            msg = (
+                f"{log.path}: is not the log of period {record.period} any more, which replay_periods = "
+                f"{settings.replay_periods} learns from again; put it back, or make replay_periods smaller"
+            )
+            raise LiveError(msg)
     return tuple(found)
 
 

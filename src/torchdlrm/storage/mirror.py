@@ -103,13 +103,33 @@ def fetch_link(link: Path, *, patience_s: float | None = None) -> str | None:
     if re.fullmatch(r"(?!current\b)\w[\w.-]*(/(?!current\b)\w[\w.-]*)*", target) is None:
         msg = f"{url}: is no link: its content is no place, as bundles/0002 is; `dlrm rollback` writes it again"
         raise StorageError(msg)
+    _place_link(link, target, found[1])
+    return found[1]
+
+
+def lead_link(link: Path, target: str, etag: str | None) -> str | None:
+    """Lead a link to another folder, relative to its own, atomically; in the bucket, if its object has this tag.
+
+    Returns:
+        The new tag, as `fetch_link`.
+
+    Raises:
+        ChangedError: another process has led it elsewhere.
+    """
+    url = published_url(link)
+    tag = None if url is None else objects.write(url, target.encode(), replacing=etag, create=etag is None)
+    _place_link(link, target, tag)
+    return tag
+
+
+def _place_link(link: Path, target: str, etag: str | None) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     beside = link.with_name(f".{link.name}.{os.getpid()}")
     beside.unlink(missing_ok=True)
     beside.symlink_to(target, target_is_directory=True)
-    _stamp(link, ObjectStat(len(found[0]), found[1]), beside)
+    if etag is not None:
+        _stamp(link, ObjectStat(len(target), etag), beside)
     beside.replace(link)
-    return found[1]
 
 
 def fetch_missing(path: Path) -> Path:
@@ -121,13 +141,15 @@ def fetch_missing(path: Path) -> Path:
     return path
 
 
-def sizes_of(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
-    """How many bytes files of a folder have, where it is; None where one is not there."""
+def sizes_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, int | None]:
+    """How many bytes files of a folder have, where it is, by default all; None where one is not there."""
     url = published_url(folder)
     if url is None:
+        if names is None:
+            names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         return {name: path.stat().st_size if (path := folder / name).is_file() else None for name in names}
     found = objects.listed(url)
-    return {name: found[name].size_bytes if name in found else None for name in names}
+    return {name: found[name].size_bytes if name in found else None for name in (found if names is None else names)}
 
 
 def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None:
@@ -233,7 +255,7 @@ def files_at(path: Path) -> list[Path]:
     parts = url.split("/")
     first = next((i for i, part in enumerate(parts) if {*"*?["} & {*part}), None)
     if first is None:
-        names = [name for name in objects.listed(url) if not _is_hidden(name)]
+        names = [name for name in objects.listed(url) if not is_hidden(name)]
         return [path / name for name in sorted(names)] or [path]
     prefix = "/".join(parts[:first])
     names = [name for name in objects.listed(prefix) if fnmatchcase(name, "/".join(parts[first:]))]
@@ -243,7 +265,7 @@ def files_at(path: Path) -> list[Path]:
     return [located(f"{prefix}/{name}") for name in sorted(names)]
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether it is no data, as other programs have it: `_SUCCESS`, `.crc`, the mark of an empty folder."""
     return any(part[:1] in {"_", ".", ""} for part in name.split("/"))
 
@@ -374,7 +396,7 @@ def _make_room(num_bytes: int) -> None:
         for stamp in (cache_folder() / _STAMPS).rglob("*"):
             path = cache_folder() / stamp.relative_to(cache_folder() / _STAMPS)
             with suppress(OSError):  # another process removes, too
-                if stamp.is_file():
+                if stamp.is_file() and not path.is_symlink():
                     by_use.append((stamp.stat().st_mtime_ns, path.stat().st_size, path, stamp))
         left = sum(size_bytes for _, size_bytes, _, _ in by_use) + num_bytes - parse_bytes(limit, LIMIT_VARIABLE)
         for _, size_bytes, path, stamp in sorted(by_use):
