@@ -52,7 +52,7 @@ def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES, *, overwri
     Raises:
         BundleError: something is at `path`, or another process is writing it.
     """
-    mirror.finish(path, names[0])
+    mirror.settle(path, names[0])
     # A link that leads nowhere is something too; what a link leads to is in use under its other name.
     found = None if path.is_symlink() else kind_of(path)
     is_ours = found is not None and found.error is BundleError

@@ -190,7 +190,7 @@ def _export(
     dense_precision, reason = _dense_precision(shape, options, precisions)
     by_key = {table.key: precisions[table.feature] for table in model.tables}
     about = {"name": name, "dense_precision": dense_precision, **_about(run, dataset, shape, chosen)}
-    mirror.finish(out, MANIFEST_NAME)
+    mirror.settle(out, MANIFEST_NAME)
     if os.path.lexists(out) and not overwrite:
         check_rows, is_auto = min(options.check_rows, dataset.splits[split].rows), options.dense_precision == "auto"
         wanted = about | {"recalibrated": (options.recalibrate, options.recalibrate_by)}

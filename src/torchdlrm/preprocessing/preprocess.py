@@ -85,11 +85,9 @@ def preprocess(
     period = _period(options, known)
     settings = _settings(files, schema, options, known, period)
     partial = work_folder(out).absolute()
-    mirror.fetch(out, [MANIFEST_NAME])
-    is_unfinished = (pieces_of(partial) / "dataset").exists()
-    # A job that was killed while it was publishing leaves objects without a manifest.
-    if out.exists() and not (is_unfinished and out.is_dir() and all(path.is_dir() for path in out.rglob("*"))):
-        if holds_job(partial, settings) and not is_unfinished:
+    mirror.settle(out, MANIFEST_NAME)
+    if out.exists():
+        if holds_job(partial, settings) and not (pieces_of(partial) / "dataset").exists():
             remove_work(partial)  # the job was done, and killed while it tidied up
             return Dataset.open(out)
         if (done := _found(out, files, schema, options, settings, overwrite=overwrite)) is not None:

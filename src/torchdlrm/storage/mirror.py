@@ -179,11 +179,12 @@ def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None
         _push_file(path / last, to / last, there[last])
 
 
-def finish(path: Path, last: str) -> None:
-    """Publish what a process of this host that was killed has only begun to publish; `last` as for `push`."""
-    url = published_url(fetch(path, ()))
-    if url is not None and (path / last).exists() and last not in objects.listed(url):
-        push(path, last)
+def settle(path: Path, last: str) -> None:
+    """Fetch `last`, as for `push`; what a process of this host had only begun to publish when it was killed is none."""
+    work = path.with_name(f".{path.name}.partial")
+    is_at_url = published_url(fetch(path, (last,))) is not None
+    if is_at_url and work.exists() and not any(file.is_file() for file in path.rglob("*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
