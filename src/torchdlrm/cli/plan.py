@@ -13,6 +13,7 @@ from torchdlrm.config import about_config, load_config
 from torchdlrm.errors import ConfigError, DoesNotFitError
 from torchdlrm.folders import expect
 from torchdlrm.planning.plan_request import PlanRequest
+from torchdlrm.storage import mirror
 from torchdlrm.toml import toml_text
 from torchdlrm.units import show_bytes
 
@@ -70,7 +71,7 @@ def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) ->
     if {"max-rows", "max_rows"} & overrides.keys():
         raise ConfigError("--max-rows: is called --max-embeddings now")
     if request.run is not None and path is None:
-        config = load_config(request.run / "config.toml", overrides, is_of_run=True)
+        config = load_config(mirror.fetch(request.run, ["config.toml"]) / "config.toml", overrides, is_of_run=True)
     else:
         config = load_config(path, overrides)
         if path is not None:

@@ -92,13 +92,13 @@ def train(
     from torchdlrm.training.job import preview_training
     from torchdlrm.training.job import train as train_here
     from torchdlrm.training.processes.launch import launch, refusing_everywhere
-    from torchdlrm.training.run import Run
+    from torchdlrm.training.run import Run, fetch_run
 
     processes = machines.processes(max_restarts)
     how: dict[str, Any] = {"from_run": from_run, "restart": restart, **vars(own_model)}
     with nullcontext() if dry_run else refusing_everywhere(processes):
         encoded = Dataset.open(dataset).with_label(settings.train.label)
-        if from_run is None and (restart or not Run(run, settings).exists):
+        if from_run is None and (restart or not Run(fetch_run(run), settings).exists):
             _refuse_warm_start(overrides)
         how_many = {"world_size": processes.world_size, "local_world_size": machines.nproc_per_node}
         preview = preview_training(settings, encoded, run, **how_many | how)

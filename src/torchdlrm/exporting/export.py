@@ -54,6 +54,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of, reported
 from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.storage import mirror
+from torchdlrm.storage.places import located
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -149,14 +150,14 @@ def export(
             progress=listener,
         )
         if delta_to is None:
-            return write(Path(out), options=options, overwrite=overwrite)
-        base = Bundle.open(Path(delta_to), progress=listener)
-        with complete_folder(Path(out), DELTA_NAMES, overwrite=overwrite) as folder:
+            return write(located(out), options=options, overwrite=overwrite)
+        base = Bundle.open(located(delta_to), progress=listener)
+        with complete_folder(located(out), DELTA_NAMES, overwrite=overwrite) as folder:
             full = folder / FULL_NAME
             exported = write(full, options=replace(options, name=options.name or base.name), overwrite=False)
             write_delta(base.path, full, folder, listener)
             shutil.rmtree(full)
-        return replace(exported, delta=Delta.open(Path(out)))
+        return replace(exported, delta=Delta.open(located(out)))
 
 
 @silenced_libraries()
@@ -171,9 +172,9 @@ def _export(
     overwrite: bool,
     progress: ProgressListener,
 ) -> Exported:
-    run = run if isinstance(run, Run) else Run.open(Path(run))
+    run = run if isinstance(run, Run) else Run.open(run)
     if not isinstance(dataset, Dataset):
-        dataset = run.open_dataset(None if dataset is None else Path(dataset))
+        dataset = run.open_dataset(dataset)
     name = options.name or out.resolve().name
     check_model_name(name)
     check_recalibration(dataset, options)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from torchdlrm.errors import BundleError
 from torchdlrm.files import replacing_durably
 from torchdlrm.folders import KindName, expect
+from torchdlrm.storage.places import located
 
 FormatName = Literal["bundle", "torchrec", "dlrm", "onnx", "triton"]
 
@@ -52,15 +53,16 @@ def export_as(
     Raises:
         UserError: there is no such source or checkpoint, something is at `out`, or the format has no such model.
     """
-    expect(FORMATS[format].source, Path(source))
+    source, out = located(source), located(out)
+    expect(FORMATS[format].source, source)
     if os.path.lexists(out):
         msg = f"`out`: {out} is there already; give another name, or remove it first"
         raise BundleError(msg)
     module, _, name = FORMATS[format].maker.partition(":")
     make = getattr(import_module(f"torchdlrm.exporting.{module}"), name)
     if FORMATS[format].source == "bundle":
-        make(import_module("torchdlrm.bundle.bundle").Bundle.open(Path(source)), Path(out))
+        make(import_module("torchdlrm.bundle.bundle").Bundle.open(source), out)
         return
-    run = import_module("torchdlrm.training.run").Run.open(Path(source))
-    with replacing_durably(Path(out)) as file:
+    run = import_module("torchdlrm.training.run").Run.open(source)
+    with replacing_durably(out) as file:
         import_module("torch").save(make(run, run.open_dataset(dataset), checkpoint, format), file)

@@ -38,6 +38,7 @@ from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn, Writing
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage.places import located
 from torchdlrm.training.environment import manifest_sha256
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.run import Run
@@ -140,10 +141,10 @@ def verify(
         LogError: the log cannot be read, or has no rows.
         UserError: the server does not answer.
     """
-    encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
+    encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
     with watched(progress) as listener, PredictionClient(url) if url is not None else nullcontext() as client:
         predictor = Predictor.open(
-            Path(bundle),
+            located(bundle),
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
             progress=listener,
@@ -156,7 +157,7 @@ def verify(
             )
             raise RunError(msg)
         encoded = encoded.with_label(predictor.schema.label.name)
-        trained = _find_run(predictor, encoded, None if run is None else Path(run))
+        trained = _find_run(predictor, encoded, run)
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
         _, checkpoint = open_checkpoint(trained, str(source.step))
         shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
@@ -248,7 +249,7 @@ def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(inside) - np.log1p(-inside)
 
 
-def _find_run(predictor: Predictor, dataset: Dataset, run: Path | None) -> Run:
+def _find_run(predictor: Predictor, dataset: Dataset, run: str | Path | None) -> Run:
     """The run of a bundle: at `run`, or by its name in the folder of the bundle, of the dataset, or here."""
     if run is not None:
         return Run.open(run)

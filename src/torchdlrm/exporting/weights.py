@@ -22,12 +22,14 @@ from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.places import located
 from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpoint_reader import MODEL, CheckpointReader
 from torchdlrm.training.checkpoint_state import TakeOver, take_over
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.processes.process_group import join_process_group
-from torchdlrm.training.run import Run
+from torchdlrm.training.run import Run, fetch_run
 from torchdlrm.training.sharded import build_optimizer, build_sharded_model
 from torchdlrm.training.steps import Agenda
 
@@ -59,7 +61,7 @@ def import_weights(
         UserError: the file has no such weights, or more; they do not fit the dataset (names each tensor that does not);
             a model of ours cannot have these sizes; there is no dataset; or something is in the folder.
     """
-    settings, path = config if isinstance(config, Config) else load_config(config), Path(run)
+    settings, path = config if isinstance(config, Config) else load_config(config), fetch_run(run)
     if list_checkpoints(path / "checkpoints") and not overwrite:
         msg = f"`run`: {path} has weights already; give another folder, or `overwrite`"
         raise RunError(msg)
@@ -123,7 +125,7 @@ def _opened(state_dict: Mapping[str, Any] | str | Path) -> tuple[str, Form, dict
     """What messages call a state dict, its form, and its tensors, which are mapped where they are in a file."""
     where, content = "`state_dict`", state_dict
     if isinstance(state_dict, str | Path):
-        where = str(state_dict)
+        where = str(fetch(located(state_dict)))
         try:
             content = torch.load(where, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(where))
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

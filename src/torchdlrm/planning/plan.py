@@ -33,7 +33,7 @@ from torchdlrm.sharding.tables import (
 from torchdlrm.toml import is_preset
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.library_noise import silenced_libraries
-from torchdlrm.training.run import Run
+from torchdlrm.training.run import Run, fetch_run
 from torchdlrm.units import parse_bytes, show_bytes
 
 THIS_MACHINE = "here"
@@ -66,7 +66,7 @@ def plan(request: PlanRequest, config: Config | None = None, *, measure: bool = 
         PlanError: the request is wrong, or contradicts itself.
     """
     if config is None:
-        config = load_config(request.run / "config.toml" if request.run else None, is_of_run=request.run is not None)
+        config = Run.open(request.run).config if request.run else load_config(None)
     problem = problem_of(request, config)
     return solve(measured(problem, config)[0] if measure else problem)
 
@@ -196,7 +196,7 @@ def _tables(request: PlanRequest, config: Config, dataset: Dataset | None) -> li
     elif request.run is not None:
         tables = [
             Table(name, placed["rows"], placed["dim"], placed["pooling_factor"])
-            for name, placed in read_plan(request.run / "plan.json")["tables"].items()
+            for name, placed in read_plan(fetch_run(request.run) / "plan.json")["tables"].items()
         ]
     else:
         assert request.tables is not None

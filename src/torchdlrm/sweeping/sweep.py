@@ -30,6 +30,7 @@ from torchdlrm.files import write_atomically
 from torchdlrm.html import write_page
 from torchdlrm.metrics import LOSS, METRICS
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage.places import located, url_of
 from torchdlrm.sweeping.page import sweep_page, trial_cells
 from torchdlrm.sweeping.space import Space, load_space, with_params
 from torchdlrm.training.environment import manifest_sha256
@@ -67,10 +68,10 @@ def sweep(
     """
     start = load_config(config)
     searched = load_space(space, start)
-    encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))).with_label(start.train.label)
+    encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_label(start.train.label)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with watched(progress) as listener:
-        return _Sweep(Path(out), searched, encoded, listener).run()
+        return _Sweep(located(out), searched, encoded, listener).run()
 
 
 class _Sweep(Callback):
@@ -82,6 +83,9 @@ class _Sweep(Callback):
         self._key = "loss" if search.metric == LOSS else search.metric  # as metrics.jsonl has it
         self._is_higher = METRICS[search.metric].better == "higher"
         self._number, self._last_step = 0, 0  # of the trial
+        if url_of(path) is not None:
+            msg = f"`out`: {path}: a sweep appends to its journal, which no bucket can; give a folder on a disk"
+            raise RunError(msg)
         preview_training(space.config, dataset, path / "trials" / "none", world_size=1, local_world_size=1)
         if path.exists() and not (path / "trials").exists() and any(path.iterdir()):
             msg = f"`out`: {path} is not empty and holds no sweep; give another folder"

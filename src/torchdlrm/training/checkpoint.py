@@ -10,7 +10,6 @@ Random state need not be in it: what is random during training (dropout) is draw
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +25,6 @@ from torchdlrm.training.checkpoint_reader import read_metadata
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"
 _PART_BYTES = 2**20
-_threads = ThreadPoolExecutor(1, thread_name_prefix="torchdlrm-fetch")
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,7 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def publish_logs(folder: Path) -> None:
-    """Publish what a run at a URL has beside its checkpoints/.
-
-    Raises:
-        StorageError: it cannot be written there.
-    """
+    """Publish what a run at a URL has beside its checkpoints/; raises StorageError."""
     for path in folder.parent.iterdir():
         if path != folder:
             mirror.push(path)
@@ -179,10 +173,7 @@ def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterat
         mine = [(name, expected) for name, expected in files if name != RECORD_NAME][rank::world_size]
         for name, expected in mine:
             digest = hashlib.sha256()
-            fetching = _threads.submit(mirror.fetch_missing, path / name)
-            while wait([fetching], 1.0).not_done:
-                yield None
-            fetching.result()
+            mirror.fetch_missing(path / name)
             with regular_file(path, name).open("rb") as file:
                 while num_bytes := file.readinto(part):
                     digest.update(part[:num_bytes])
