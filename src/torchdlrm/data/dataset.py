@@ -28,8 +28,7 @@ from torchdlrm.files import replacing_durably, sha256_of
 from torchdlrm.folders import wrong_folder
 from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.storage import mirror
-from torchdlrm.storage.places import located
+from torchdlrm.storage import mirror, places
 from torchdlrm.toml import did_you_mean
 
 _FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, FORMAT_VERSION = range(1, 7)
@@ -260,7 +259,7 @@ class Dataset:
             DatasetError: there is no dataset, it is not complete, or its format version is another.
             StorageError: the bucket that it is in cannot be read.
         """
-        path = mirror.fetch(located(path), [MANIFEST_NAME])
+        path = mirror.fetch(places.located(path), [MANIFEST_NAME])
         manifest_path = path / MANIFEST_NAME
         try:
             text = manifest_path.read_text(encoding="utf-8")

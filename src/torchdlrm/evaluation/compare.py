@@ -22,6 +22,7 @@ from torchdlrm.judging.paired import check_metric, compare_rows
 from torchdlrm.judging.slices import Slice, columns_of, slices
 from torchdlrm.metrics import BEST
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage import mirror, places
 
 if TYPE_CHECKING:  # a comparison of files needs no torch
     from torchdlrm.bundle.bundle import Bundle
@@ -143,10 +144,11 @@ def named_sources(candidates: Sequence[Source | Named]) -> dict[str, Sequence[So
             found |= candidate
             continue
         name, sources = str(_path(candidate)), [candidate]
-        if isinstance(candidate, str) and not Path(candidate).exists():
+        if isinstance(candidate, str) and not places.located(candidate).exists():
             given, equals, pattern = candidate.partition("=")
             name, pattern = (given, pattern) if equals and "/" not in given else (name, candidate)
-            sources = [*sorted(glob(pattern))]  # noqa: PTH207 - the pattern may be absolute
+            mirror.fetch(places.located(pattern.partition("*")[0].rpartition("/")[0]), ())
+            sources = [*sorted(glob(str(places.located(pattern))))]  # noqa: PTH207 - the pattern may be absolute
             if has_magic(pattern) and not sources:
                 msg = f"`candidates`: nothing matches {pattern}"
                 raise ConfigError(msg)
@@ -160,7 +162,7 @@ def named_sources(candidates: Sequence[Source | Named]) -> dict[str, Sequence[So
 
 
 def _path(source: Source) -> Path:
-    return Path(source) if isinstance(source, str | Path) else source.path
+    return places.located(source) if isinstance(source, str | Path) else source.path
 
 
 def _has_model_class(path: Path) -> bool:

@@ -15,6 +15,7 @@ from torchdlrm.judging.slices import columns_of, slices
 from torchdlrm.metrics import BinaryMetrics, estimates
 from torchdlrm.prediction.scores_out import check_name
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage.places import located
 
 if TYPE_CHECKING:
     from torchdlrm.bundle.bundle import Bundle
@@ -88,7 +89,7 @@ def evaluate(
         PlanError: the tables do not fit the machine, or `sharding` asks for what it does not have.
         UserError: a file cannot be read or written.
     """
-    out = None if predictions is None else Path(predictions)
+    out = None if predictions is None else located(predictions)
     if out is not None:
         check_name(out, "predictions")
     for name in {*columns} & {*OWN_COLUMNS}:

@@ -27,6 +27,7 @@ from torchdlrm.folders import kind_of, wrong_folder
 from torchdlrm.judged import Judged
 from torchdlrm.prediction.scores_out import FILE_ENDINGS, LOGIT_COLUMN, writing_scores
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.storage import mirror, places
 from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def kind_of_source(source: Path) -> SourceKind:
     Raises:
         UserError: nothing of the kind; of the class that belongs to what is there.
     """
+    mirror.fetch(source, ("", SCORES_NAME, "period.json"))
     if source.is_file() and source.name.endswith(FILE_ENDINGS):
         return "file"
     if source.suffix and not source.exists():
@@ -143,7 +145,7 @@ def predicted_rows(
         UserError: as `torchdlrm.evaluate`.
     """
     if isinstance(source, str | Path):
-        source = Path(source)
+        source = places.located(source)
     kind = kind_of_source(source) if isinstance(source, Path) else "run" if hasattr(source, "checkpoints") else "bundle"
     for name in sorted({name for names in TAKES.values() for name in names} - {*TAKES[kind]}):
         if getattr(asked, name) != getattr(Asked, name):

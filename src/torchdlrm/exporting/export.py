@@ -53,8 +53,7 @@ from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of, reported
 from torchdlrm.progress import ProgressListener, watched
-from torchdlrm.storage import mirror
-from torchdlrm.storage.places import located
+from torchdlrm.storage import mirror, places
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -150,14 +149,14 @@ def export(
             progress=listener,
         )
         if delta_to is None:
-            return write(located(out), options=options, overwrite=overwrite)
-        base = Bundle.open(located(delta_to), progress=listener)
-        with complete_folder(located(out), DELTA_NAMES, overwrite=overwrite) as folder:
+            return write(places.located(out), options=options, overwrite=overwrite)
+        base = Bundle.open(places.located(delta_to), progress=listener)
+        with complete_folder(places.located(out), DELTA_NAMES, overwrite=overwrite) as folder:
             full = folder / FULL_NAME
             exported = write(full, options=replace(options, name=options.name or base.name), overwrite=False)
             write_delta(base.path, full, folder, listener)
             shutil.rmtree(full)
-        return replace(exported, delta=Delta.open(located(out)))
+        return replace(exported, delta=Delta.open(places.located(out)))
 
 
 @silenced_libraries()

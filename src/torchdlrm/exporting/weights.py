@@ -22,8 +22,7 @@ from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
-from torchdlrm.storage.mirror import fetch
-from torchdlrm.storage.places import located
+from torchdlrm.storage import mirror, places
 from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpoint_reader import MODEL, CheckpointReader
 from torchdlrm.training.checkpoint_state import TakeOver, take_over
@@ -125,7 +124,7 @@ def _opened(state_dict: Mapping[str, Any] | str | Path) -> tuple[str, Form, dict
     """What messages call a state dict, its form, and its tensors, which are mapped where they are in a file."""
     where, content = "`state_dict`", state_dict
     if isinstance(state_dict, str | Path):
-        where = str(fetch(located(state_dict)))
+        where = str(mirror.fetch(places.located(state_dict)))
         try:
             content = torch.load(where, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(where))
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

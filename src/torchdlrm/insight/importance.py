@@ -17,11 +17,10 @@ import polars as pl
 
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.manifest import MANIFEST_NAME
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import ConfigError
-from torchdlrm.evaluation.predictions import Asked
+from torchdlrm.evaluation.predictions import Asked, kind_of_source
 from torchdlrm.evaluation.split_rows import check_columns, dataset_of
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
@@ -30,6 +29,7 @@ from torchdlrm.judging.comparison import Comparison
 from torchdlrm.judging.paired import compare_rows
 from torchdlrm.metrics import LOSS
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.storage.places import located
 from torchdlrm.toml import did_you_mean
 from torchdlrm.training.run import Run
 
@@ -107,10 +107,10 @@ def opened(
     """A bundle, of a run a temporary one in float32, and where its dataset is; `how` is that of `Bundle.open`."""
     if isinstance(source, Bundle):
         yield source, dataset
-    elif not isinstance(source, Run) and (Path(source) / MANIFEST_NAME).exists():
-        yield Bundle.open(Path(source), **how), dataset
+    elif not isinstance(source, Run) and kind_of_source(located(source)) == "bundle":
+        yield Bundle.open(located(source), **how), dataset
     else:
-        run = source if isinstance(source, Run) else Run.open(Path(source))
+        run = source if isinstance(source, Run) else Run.open(source)
         encoded, options = run.open_dataset(dataset), ExportOptions(checkpoint=checkpoint, check_rows=1_000)
         with TemporaryDirectory(prefix="torchdlrm-") as folder:
             yield export(run, Path(folder) / "bundle", options=options, dataset=encoded, **how).bundle, encoded

@@ -18,8 +18,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.tables import split_ids
 from torchdlrm.loader.batch import RowGroup, epoch_order
-from torchdlrm.storage.mirror import fetch_missing
-from torchdlrm.storage.reading import open_to_read
+from torchdlrm.storage import mirror, reading
 
 _PARTS_AHEAD, _GROUPS_AHEAD = 2, 192
 _threads = ThreadPoolExecutor(_PARTS_AHEAD, thread_name_prefix="torchdlrm-fetch")
@@ -174,10 +173,11 @@ class RowGroupReader:
         path = self._paths[where.file_index]
         if self._open is None or self._open[0] != where.file_index:
             try:
-                self._open = (where.file_index, pq.ParquetFile(fetch_missing(path), page_checksum_verification=True))
+                file = pq.ParquetFile(mirror.fetch_missing(path), page_checksum_verification=True)
             except (OSError, ValueError) as error:
                 msg = f"{path}: cannot be read: {error}; run dlrm preprocess again"
                 raise DatasetError(msg) from error
+            self._open = (where.file_index, file)
             self._fetch_ahead(self.order(epoch)[index : index + _GROUPS_AHEAD])
         try:
             # One thread: this already runs during the step, which wants the other cores.
@@ -228,7 +228,7 @@ class RowGroupReader:
         paths = [self._paths[index] for index in dict.fromkeys(group.file_index for group in groups)]
         for path in paths[1 : 1 + _PARTS_AHEAD]:
             if not path.exists():
-                _threads.submit(fetch_missing, path)
+                _threads.submit(mirror.fetch_missing, path)
 
     def most_ids(self) -> list[int | None]:
         """Of each sparse feature the most ids in a row group where rows have several, else None.
@@ -237,7 +237,7 @@ class RowGroupReader:
         """
         found: dict[str, int | None] = dict.fromkeys(self.feature_names)
         for path in self._paths if any(feature.is_multi_valued for feature in self._dataset.schema.sparse) else ():
-            with open_to_read(path) as file:
+            with reading.open_to_read(path) as file:
                 metadata = pq.read_metadata(file)
             for leaf, field in enumerate(metadata.schema.to_arrow_schema()):
                 if pa.types.is_list(field.type) and field.name in found:

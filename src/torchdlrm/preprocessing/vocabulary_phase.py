@@ -141,7 +141,7 @@ class VocabularyPhase:
     def _known_file(self, record: FileRecord | None) -> Path:
         assert self.job.known is not None, "the options were checked"
         assert record is not None, "the known dataset was checked"
-        return (self.job.known.path / record.path).resolve()
+        return self.job.known.file(record).resolve()
 
     def _spread_tasks(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Iterator[Task]:
         record, partitions = self._known_record(column), self.job.sizing.num_partitions
