@@ -52,10 +52,10 @@ def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES, *, overwri
     Raises:
         BundleError: something is at `path`, or another process is writing it.
     """
-    mirror.settle(path, names[0])
     # A link that leads nowhere is something too; what a link leads to is in use under its other name.
     found = None if path.is_symlink() else kind_of(path)
     is_ours = found is not None and found.error is BundleError
+    mirror.settle(path, names[0])
     if os.path.lexists(path) and not (overwrite and is_ours):
         no_one = " and is no folder of a bundle or a delta" if overwrite else ""
         msg = f"`out`: {path} is there already{no_one}; give another name, or remove it first"
