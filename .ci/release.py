@@ -18,7 +18,10 @@ PLACES = {
     "src/torchdlrm/__init__.py": '__version__ = "{}"\n',
     "CITATION.cff": "\nversion: {}\n",
     "deploy/kserve.yaml": "image: torchdlrm-serve:{}\n",
-    "deploy/kubernetes.yaml": "image: torchdlrm-serve:{}\n",
+    "deploy/live.yaml": "image: torchdlrm:{}\n",
+    "deploy/preprocess.yaml": "image: torchdlrm:{}\n",
+    "deploy/serve.yaml": "image: torchdlrm-serve:{}\n",
+    "deploy/train.yaml": "image: torchdlrm:{}\n",
 }
 VERSION = r"(\d+\.\d+\.\d+)"
 # From a raw row to a prediction, with nothing but what the wheel brings.
@@ -66,7 +69,7 @@ def write_version(version: str, heading: str) -> None:
     """Put the version into each of its places, and today's date into the changelog's heading of it."""
     for name, line in PLACES.items():
         text = (ROOT / name).read_text()
-        (ROOT / name).write_text(pattern(name).sub(line.format(version), text, count=1))
+        (ROOT / name).write_text(pattern(name).sub(line.format(version), text))
     today = datetime.datetime.now(datetime.UTC).date()
     changelog = ROOT / "CHANGELOG.md"
     changelog.write_text(changelog.read_text().replace(heading, f"## {version} ({today})\n"))

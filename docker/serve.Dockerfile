@@ -2,6 +2,9 @@
 #
 #   docker build --file docker/serve.Dockerfile --tag torchdlrm-serve .
 #   docker run --rm --publish 8080:8080 --volume "$PWD/bundle:/bundle:ro" torchdlrm-serve
+#   docker run --rm --publish 8080:8080 --env-file keys torchdlrm-serve s3://models/live/current --host 0.0.0.0
+#
+# `keys` holds AWS_ACCESS_KEY_ID=..., AWS_SECRET_ACCESS_KEY=... and AWS_REGION=..., a line each.
 #
 # This file has not been built where it was written: there is no container engine. What its RUN lines do was done there in a
 # bare clone, with the same commands and a virtual environment of its own; docs/serving.md has them.
@@ -26,11 +29,12 @@ COPY src/ src/
 RUN /opt/torchdlrm/bin/pip install --no-deps --force-reinstall .
 
 FROM ${PYTHON_IMAGE}
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin torchdlrm
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin torchdlrm \
+ && install --directory --mode 1777 /cache
 COPY --from=build /opt/torchdlrm /opt/torchdlrm
-ENV PATH=/opt/torchdlrm/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/torchdlrm/bin:$PATH PYTHONDONTWRITEBYTECODE=1 TORCHDLRM_CACHE=/cache
 USER 10001
-VOLUME /bundle
+VOLUME /bundle /cache
 EXPOSE 8080
 # Live, not ready: an orchestrator asks for readiness itself, and a container that still loads is not to be killed.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

@@ -5,7 +5,10 @@
 #   docker run --rm --user "$(id -u)" --volume "$PWD/work:/work" torchdlrm \
 #     train /configs/criteo-small.toml --dataset dataset --run run --nproc-per-node 2
 #
-# For GPUs: --build-arg EXTRA=gpu, then `docker run --gpus all --shm-size 8g`. PyTorch's CUDA builds bring their CUDA with
+# It is also the image of Dask's scheduler and workers (deploy/preprocess.yaml), of trainings on several machines and of a live
+# model; what they read and write may be URLs, with the keys in the environment, and copies in /cache.
+#
+# For GPUs: --build-arg EXTRA=gpu,cluster, then `docker run --gpus all --shm-size 8g`. PyTorch's CUDA builds bring their CUDA with
 # them, so the base image stays the same, and the host needs a driver and NVIDIA's container toolkit alone. Who builds on
 # a CUDA image all the same: --build-arg PYTHON_IMAGE=<a CUDA runtime image with Python 3.11 or newer and its venv module>.
 #
@@ -19,7 +22,7 @@ ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build
 ARG PIP_FLAGS=""
-ARG EXTRA=cpu
+ARG EXTRA=cpu,cluster
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python3 -m venv /opt/torchdlrm
@@ -37,15 +40,15 @@ RUN /opt/torchdlrm/bin/pip install --no-deps --force-reinstall .
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin torchdlrm \
- && install --directory --owner 10001 /work
+ && install --directory --owner 10001 /work && install --directory --mode 1777 /cache
 COPY --from=build /opt/torchdlrm /opt/torchdlrm
 COPY configs/ /configs/
 # What an NVIDIA container runtime reads; without one they mean nothing.
-ENV PATH=/opt/torchdlrm/bin:$PATH PYTHONDONTWRITEBYTECODE=1 \
+ENV PATH=/opt/torchdlrm/bin:$PATH PYTHONDONTWRITEBYTECODE=1 TORCHDLRM_CACHE=/cache \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001
 WORKDIR /work
-VOLUME /work
+VOLUME /work /cache
 # A job ends by itself and says with its exit code how: there is nothing to ask while it runs.
 HEALTHCHECK NONE
 # SIGTERM, which `docker stop` sends, lets a training save a checkpoint; the same command resumes from it.
