@@ -60,7 +60,7 @@ def read_chunks(folder, column, values, cuts=(), num_train=None, num_partitions=
         chunks.append(
             ChunkFile(folder / f"{len(chunks)}", start, end - start, (0, 0, 0), (train, end - start - train, 0))
         )
-        write_sections(chunks[-1].path, sections)
+        write_sections(chunks[-1].path, sections.items())
     return split, chunks, [ValueRange(column, i, i, i + 1) for i in range(num_partitions)]
 
 

@@ -42,6 +42,7 @@ def predict(
     verify: Literal["full", "lazy"] = "full",
     own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     num_threads: Positive | None = None,
+    cluster: str | None = None,
     as_json: Json = False,
 ) -> None:
     """Predict the probability of a click of every row of a log: a row out for each row in, in order.
@@ -59,6 +60,8 @@ def predict(
         bad_rows: A row that cannot be read stops everything (refuse), or has no prediction (null).
         verify: Check every byte of the bundle before anything else (full), or its tables when they are used (lazy).
         num_threads: Threads of the model; by default one a core.
+        cluster: Address of a Dask scheduler whose workers predict a file of the log each; they see the same files, or
+            the same bucket. Interrupted, the same command goes on.
     """
     refuse_mistyped(rows, "predict")
     if as_json and out == Path("-"):
@@ -71,18 +74,24 @@ def predict(
         find_files(rows)  # refuses here what would be refused when torch is loaded
     announce(f"predict by {bundle}")
 
+    from torchdlrm.jobs.work_folder import work_folder
     from torchdlrm.prediction.files import predict_file
     from torchdlrm.prediction.predictor import Predictor
     from torchdlrm.prediction.rows_in import RowsIn
 
     nothing = "" if out == Path("-") else f": nothing was written to {out}"
+    if cluster is not None:
+        nothing = f": what is done is kept in {work_folder(out)}; the same command goes on"
     with saying_at_ctrl_c(f"interrupted{nothing}"), progress_bars("") as progress:
         predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress, **vars(own_model))
         kept: Kept = "keys" if columns is None else "all" if columns == "all" else "none"
         asked = [] if columns in {None, "all", "none"} else (columns or "").split(",")
         names = [name.strip() for name in asked if name.strip()]
         log = RowsIn(rows, predictor.schema, log_format, names, kept)
-        summary = predict_file(predictor, log, out, bad_rows=bad_rows, progress=progress)
+        own = vars(own_model)
+        summary = predict_file(
+            predictor, log, out, bad_rows=bad_rows, cluster=cluster, own_model=own, progress=progress
+        )
     _print_summary(summary, out)
     if as_json:
         print_json({"bundle": str(bundle), "version": predictor.bundle.version, "out": str(out), **summary.as_dict()})

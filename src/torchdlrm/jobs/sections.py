@@ -6,7 +6,7 @@ Nothing is compressed, so that a table is mapped into memory and only the pages 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ _LENGTH_BYTES = 8
 _TAIL_BYTES = 16 << 10  # has the names of most files
 
 
-def write_sections(path: Path, tables: Mapping[str, pa.Table | npt.NDArray[Any]]) -> dict[str, tuple[int, int]]:
+def write_sections(path: Path, tables: Iterable[tuple[str, pa.Table | npt.NDArray[Any]]]) -> dict[str, tuple[int, int]]:
     """Write tables, or numbers alone, under their names, atomically; where each starts, and how long it is."""
     places: dict[str, tuple[int, int]] = {}
     with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        for name, table in tables.items():
+        for name, table in tables:
             start = file.tell()
             if isinstance(table, pa.Table):
                 with pa.ipc.new_stream(file, table.schema) as stream:

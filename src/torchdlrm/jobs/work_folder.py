@@ -42,14 +42,7 @@ class WorkFolder:
 
     @classmethod
     def open(
-        cls,
-        path: Path,
-        settings: Mapping[str, Any],
-        layout: Mapping[str, Any],
-        folders: Collection[str],
-        *,
-        is_shared: bool = False,
-        restart: bool = False,
+        cls, path: Path, settings: Result, layout: Result, folders: Collection[str], *, is_shared: bool, restart: bool
     ) -> Self:
         """Make the folder with these folders in it, or resume the one that a job with the same settings left.
 
@@ -97,21 +90,16 @@ class WorkFolder:
         self._journal.write(json.dumps([task, result]) + "\n")
         self._journal.flush()
 
-    @property
-    def size_bytes(self) -> int:
-        """The size of all files in the folder."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-
     def close(self) -> None:
         """Leave the folder as it is, for a job that resumes it."""
         if not self._journal.closed:
             self._journal.close()
             os.close(self._lock)
 
-    def remove(self) -> None:
-        """Remove the folder."""
-        remove_work(self.path)
-        self.close()
+
+def work_folder(out: Path) -> Path:
+    """Where a job keeps what it has done until `out` is complete."""
+    return out.absolute().with_name(f".{out.name}.partial")
 
 
 def pieces_of(path: Path) -> Path:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torchdlrm.errors import ConfigError, UserError
+from torchdlrm.files import remove_folder
 from torchdlrm.jobs.work_folder import Result, WorkFolder
-from torchdlrm.storage.mirror import borrowing
 from torchdlrm.storage.places import located, published_url, url_of, with_urls
 
 # This number of tasks beyond those that run is handed over, so that no worker waits for the next.
@@ -41,9 +42,8 @@ class Task:
 class Workers:
     """An executor, how many tasks it can run at a time, and how many of these share the memory that was given.
 
-    `tasks_at_a_time` are run, which are fewer where the memory asks for it.  `is_closed` says that no process is left
-    to run them: the futures of a Dask client that has lost the scheduler of its `cluster` may be waited for forever.
-    `ask_each` calls a function in each process of the cluster.
+    `tasks_at_a_time` are run, which are fewer where the memory asks for it.  The futures of a Dask `client` that has
+    lost the scheduler of its `cluster` may be waited for forever.
     """
 
     executor: Executor
@@ -51,37 +51,29 @@ class Workers:
     tasks_in_memory: int
     tasks_at_a_time: int
     cluster: str | None = None
-    is_closed: Callable[[], bool] = lambda: False
-    ask_each: Callable[..., Mapping[str, Any]] = lambda *_: {}
+    client: Any = None
 
     def run(self, tasks: Iterable[Task], work: WorkFolder, at_a_time: int | None = None) -> Iterator[Result]:
-        """Run tasks that are not done yet; yields the results of all in their order.
+        """Run tasks that are not done yet, none long before it can run; yields the results of all in their order.
 
-        Args:
-            tasks: the tasks; not one is started long before it can run.
-            work: takes the results.
-            at_a_time: most tasks at a time, where they need much memory.
+        `work` takes the results; where tasks need much memory, there are at most so many `at_a_time`.
         """
         limit = min(self.tasks_at_a_time, at_a_time or self.tasks_at_a_time)
         ahead = limit + _TASKS_AHEAD if limit == self.capacity else limit
-        waiting: deque[Result | tuple[Task, Future[Result]]] = deque()
-        running: dict[Future[Result], Task] = {}
+        waiting: deque[str] = deque()
+        running: dict[Future[Any], Task] = {}
         try:
             for task in tasks:
-                done = work.result(task.key)
-                if done is not None:
-                    waiting.append(done)
-                else:
+                waiting.append(task.key)
+                if work.result(task.key) is None:
                     while len(running) >= ahead:
                         self._collect(running, work)
-                    future = self._submit(task, work)
-                    running[future] = task
-                    waiting.append((task, future))
-                while waiting and (result := _result(waiting[0], work)) is not None:
+                    running[self._submit(task)] = task
+                while waiting and (result := work.result(waiting[0])) is not None:
                     waiting.popleft()
                     yield result
             while waiting:
-                while (result := _result(waiting[0], work)) is None:
+                while (result := work.result(waiting[0])) is None:
                     self._collect(running, work)
                 waiting.popleft()
                 yield result
@@ -94,8 +86,7 @@ class Workers:
 
     def require_to_see(self, paths: Iterable[Path]) -> None:
         """See that each process of the cluster has the files and folders that are at no URL; else ConfigError."""
-        local = [path for path in paths if published_url(path) is None]
-        for worker, unseen in self.ask_each(_unseen, local).items():
+        for worker, unseen in self.ask_each(_unseen, [*paths]).items():
             if unseen:
                 msg = (
                     f"`cluster`: the worker at {worker} does not see {unseen[0]}; give what is read and `out` as URLs "
@@ -103,18 +94,25 @@ class Workers:
                 )
                 raise ConfigError(msg)
 
-    def _submit(self, task: Task, work: WorkFolder) -> Future[Result]:
-        if self.cluster is None:
-            return self.executor.submit(task.function, *task.arguments)
-        sent = io.BytesIO()
-        _Sender(sent).dump((task.function, task.arguments, work.pieces))
-        return self.executor.submit(_run_sent, sent.getvalue())
+    def ask_each(self, function: Callable[..., Any], *arguments: Any) -> Mapping[str, Any]:
+        """What a function returns in each process of the cluster."""
+        return {} if self.client is None else self.client.run(_run_sent, _sent(function, arguments), on_error="ignore")
 
-    def _collect(self, running: dict[Future[Result], Task], work: WorkFolder) -> None:
+    def forget(self, work: WorkFolder) -> None:
+        """Remove what tasks, all of which are done, have left in a bucket and in the caches of their hosts."""
+        if work.pieces != work.path:
+            self.ask_each(remove_folder, work.pieces)
+
+    def _submit(self, task: Task) -> Future[Any]:
+        if self.client is None:
+            return self.executor.submit(task.function, *task.arguments)
+        return self.executor.submit(_run_sent, _sent(task.function, task.arguments))
+
+    def _collect(self, running: dict[Future[Any], Task], work: WorkFolder) -> None:
         """Wait for tasks and note their results; the first exception among them is raised when they are noted."""
-        done: set[Future[Result]] = set()
+        done: set[Future[Any]] = set()
         while not done:
-            if self.is_closed():
+            if self.client is not None and self.client.status in {"closing", "closed"}:
                 raise self._lost()
             done = wait(running, _LOOK_EVERY_S, return_when=FIRST_COMPLETED).done
         errors = _note(done, running, work)
@@ -137,37 +135,35 @@ class _Sender(pickle.Pickler):
         return NotImplemented if url is None else (located, (url,))
 
 
-def _run_sent(sent: bytes) -> Result:
-    """Run a task in a process of the cluster, which keeps nothing of the job's files."""
-    function, arguments, pieces = pickle.loads(sent)  # noqa: S301 - Dask does the same
+def _sent(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+    sent = io.BytesIO()
+    _Sender(sent).dump((function, arguments))
+    return sent.getvalue()
+
+
+def _run_sent(sent: bytes) -> Any:
+    """Call a function in a process of the cluster; what is wrong with a log is so wherever a task runs."""
+    function, arguments = pickle.loads(sent)  # noqa: S301 - Dask does the same
     try:
-        with borrowing(pieces):
-            return function(*arguments)
+        return function(*arguments)
     except UserError as error:
-        error.args = tuple(with_urls(arg) if isinstance(arg, str) else arg for arg in error.args)
-        raise
+        return type(error)(with_urls(str(error)))
 
 
 def _unseen(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if not path.exists()]
+    return [path for path in paths if published_url(path) is None and not path.exists()]
 
 
-def _result(item: Result | tuple[Task, Future[Result]], work: WorkFolder) -> Result | None:
-    return work.result(item[0].key) if isinstance(item, tuple) else item
-
-
-def _note(
-    done: Collection[Future[Result]], running: dict[Future[Result], Task], work: WorkFolder
-) -> list[BaseException]:
+def _note(done: Collection[Future[Any]], running: dict[Future[Any], Task], work: WorkFolder) -> list[BaseException]:
     """Note the results of tasks that are done; the exceptions among them."""
     errors: list[BaseException] = []
     for future in [future for future in running if future in done]:
         task = running.pop(future)
-        error = CancelledError(task.key) if future.cancelled() else future.exception()
-        if error is None:
-            work.record(task.key, future.result())
+        found = CancelledError(task.key) if future.cancelled() else future.exception() or future.result()
+        if isinstance(found, BaseException):
+            errors.append(found)
         else:
-            errors.append(error)
+            work.record(task.key, found)
     return errors
 
 
@@ -183,12 +179,11 @@ def start_workers(count: int, cluster: str | None) -> Iterator[Workers]:
             yield Workers(threads, count, count, count)
         return
     try:
-        import distributed  # noqa: PLC0415 - an extra
+        distributed: Any = import_module("distributed")  # an extra
     except ImportError as error:
         raise ConfigError("`cluster`: needs Dask; install it with: pip install 'torchdlrm[cluster]'") from error
-    untyped: Any = distributed
     try:
-        client = untyped.Client(cluster, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+        client = distributed.Client(cluster, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         msg = f"`cluster`: no Dask scheduler answers at {cluster} ({error}); start one with: dask scheduler"
         raise ConfigError(msg) from error
@@ -200,8 +195,4 @@ def start_workers(count: int, cluster: str | None) -> Iterator[Workers]:
         # The executor goes first: it cancels what has not begun.
         with client.get_executor(retries=3, pure=False) as executor:
             count = sum(threads_of_workers)
-
-            def is_closed() -> bool:
-                return client.status in {"closing", "closed"}
-
-            yield Workers(executor, count, max(threads_of_workers), count, cluster, is_closed, client.run)
+            yield Workers(executor, count, max(threads_of_workers), count, cluster, client)

@@ -7,31 +7,46 @@ cores busy by itself.
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from torchdlrm import __version__
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.sample import PREDICTION_COLUMN
-from torchdlrm.errors import LogError, UserError
+from torchdlrm.errors import BundleError, LogError, UserError
 from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
 from torchdlrm.features.cells import written_cells
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.jobs.sections import Sections, write_sections
+from torchdlrm.jobs.work_folder import Result, WorkFolder, remove_work, work_folder
+from torchdlrm.jobs.workers import Task, start_workers
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.find import find_files
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
-from torchdlrm.prediction.predictor import Predictions, Predictor
+from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowChunk, RowsIn
-from torchdlrm.prediction.scores_out import LOGIT_COLUMN, check_name, writing_scores
+from torchdlrm.prediction.scores_out import LOGIT_COLUMN, STANDARD_OUTPUT, check_name, writing_scores
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.storage.places import shown
+from torchdlrm.storage.reading import read_each
 
 BadRowsRule = Literal["refuse", "null"]
 HAS_UNKNOWN_COLUMN = "has_unknown"
 _WAIT_S = 0.2
 _CHUNKS_AHEAD = 2
+# The remedy of bad rows where they are refused; whether details, metrics, and lists as text are wanted.
+_How = tuple[str | None, bool, bool, bool]
+# Of a chunk: its rows as they are written, what they are judged by, and what is counted.
+_Scored = tuple[pl.DataFrame, pl.DataFrame | None, dict[str, Any]]
 
 
 @dataclass
@@ -84,6 +99,8 @@ def predict_file(
     bad_rows_remedy: str = "Fix the log, or let such rows have no prediction with `bad_rows` null.",
     with_details: bool = False,
     with_metrics: bool = True,
+    cluster: str | None = None,
+    own_model: Mapping[str, Any] | None = None,
     progress: ProgressListener = SILENT,
 ) -> PredictSummary:
     """Predict every row of a log.
@@ -98,6 +115,9 @@ def predict_file(
         with_details: write `logit`, the log-odds of the prediction, and `has_unknown`, whether a value of the row has
             no id, after it.
         with_metrics: judge the predictions by the log's labels.
+        cluster: address of a Dask scheduler whose workers predict a file of the log each; what they have done is kept
+            beside `out` until all is, and not done again.
+        own_model: with what arguments they open a bundle of a model of one's own.
         progress: shows the bytes read.
 
     Returns:
@@ -119,23 +139,114 @@ def predict_file(
         if name in rows.passthrough:
             msg = f"`columns`: {name} is what the scores' own column is called"
             raise UserError(msg)
-    tally = _Tally(rows.schema, has_labels=with_metrics)
+    tally = _Tally()
     started_s = time.perf_counter()
     progress.start_phase("predict", rows.size_bytes, unit="bytes")
-    with writing_scores(out) as writer:
-        for chunk, encoded in _encoded_ahead(predictor, rows, bad_rows_remedy if bad_rows == "refuse" else None):
-            predictions = predictor.predict_encoded(encoded)
-            tally.add(chunk, encoded, predictions)
-            scores: dict[str, NDArray[Any]] = {PREDICTION_COLUMN: predictions.probabilities}
-            if with_details:
-                scores |= {LOGIT_COLUMN: predictions.logits, HAS_UNKNOWN_COLUMN: _has_unknown(predictor, encoded)}
-            writer.write(_scores(chunk, scores, rows, as_text=out.suffix != ".parquet"))
-            progress.advance(chunk.num_bytes, rows=f"{tally.summary.rows:,}")
+    how = bad_rows_remedy if bad_rows == "refuse" else None, with_details, with_metrics, out.suffix != ".parquet"
+    job: AbstractContextManager[Iterator[_Scored]] = nullcontext(_scored(predictor, rows, how))
+    if cluster is not None:
+        job = _by_cluster(cluster, dict(own_model or {}), predictor, rows, out, how)
+    with job as scored, writing_scores(out) as writer:
+        for frame, judged, counts in scored:
+            tally.add(frame, judged, counts)
+            writer.write(frame)
+            progress.advance(counts["num_bytes"], rows=f"{tally.summary.rows:,}")
         if not tally.summary.rows:
             columns = dict.fromkeys(rows.passthrough, pl.String()) | own
             writer.write(pl.DataFrame(schema=columns))
         predictor.require_undamaged()
     return tally.finish(time.perf_counter() - started_s)
+
+
+@contextmanager
+def _by_cluster(
+    cluster: str, own_model: dict[str, Any], predictor: Predictor, rows: RowsIn, out: Path, how: _How
+) -> Iterator[Iterator[_Scored]]:
+    """As `_scored`, a file of the log being a task; of a job that was interrupted, those that are left."""
+    if rows.size_bytes is None or out == STANDARD_OUTPUT:
+        raise UserError("`cluster`: takes the log from files, and writes to one; name them")
+    next(iter(rows), None)  # says which columns are written, of all files
+    files = rows.files or find_files(rows.paths)
+    reading = {name: getattr(rows, name) for name in ("log_format", "passthrough", "chunk_bytes")}
+    settings = {"torchdlrm": __version__, "bundle": predictor.version, "how": how, **reading}
+    settings |= {"log": [[shown(file.path), *astuple(file.identity)] for file in files]}
+    with start_workers(1, cluster) as workers:
+        work = WorkFolder.open(work_folder(out), settings, {}, ("scores",), is_shared=True, restart=False)
+        try:
+            workers.require_to_see([work.pieces, predictor.bundle.path, *(file.path for file in files)])
+            bundle = predictor.bundle.path, predictor.version, own_model
+            targets = [work.pieces / "scores" / f"{number:05d}" for number in range(len(files))]
+            tasks = [
+                Task(target.name, _predict_piece, (bundle, file, reading, how, target))
+                for file, target in zip(files, targets, strict=True)
+            ]
+            yield (
+                chunk
+                for result, target in zip(workers.run(tasks, work), targets, strict=True)
+                for chunk in read_each(enumerate(result["chunks"]), partial(_read_scored, Sections(target)))
+            )
+            workers.forget(work)
+        finally:
+            work.close()
+    remove_work(work.path)
+
+
+def _predict_piece(
+    bundle: tuple[Path, str, dict[str, Any]], file: LogFile, reading: dict[str, Any], how: _How, target: Path
+) -> Result:
+    """Task: predict a file of a log; leaves what is written of it and what it is judged by, and returns the counts."""
+    path, version, own_model = bundle
+    predictor = Predictor.open(path, verify="lazy", **own_model)
+    if predictor.version != version:
+        msg = f"{path}: is not the bundle any more that the job began with; start it again"
+        raise BundleError(msg)
+    chunks = []
+
+    def tables() -> Iterator[tuple[str, pa.Table]]:
+        rows = RowsIn([file.path], predictor.schema, files=(file,), **reading)
+        for number, (frame, judged, counts) in enumerate(_scored(predictor, rows, how)):
+            chunks.append(counts)
+            yield f"frame-{number}", frame.to_arrow()
+            if judged is not None:
+                yield f"judged-{number}", judged.to_arrow()
+
+    write_sections(target, tables())
+    predictor.require_undamaged()
+    return {"chunks": chunks}
+
+
+def _read_scored(sections: Sections, numbered: tuple[int, dict[str, Any]]) -> _Scored:
+    number, counts = numbered
+    names = (f"frame-{number}", f"judged-{number}")
+    frame, judged = (pl.DataFrame(sections.table(name)) if name in sections else None for name in names)
+    assert frame is not None, "the task has written it"
+    return frame, judged, counts
+
+
+def _scored(predictor: Predictor, rows: RowsIn, how: _How) -> Iterator[_Scored]:
+    """The chunks of a log, predicted."""
+    remedy, with_details, with_metrics, as_text = how
+    for chunk, encoded in _encoded_ahead(predictor, rows, remedy):
+        predictions = predictor.predict_encoded(encoded)
+        scores: dict[str, NDArray[Any]] = {PREDICTION_COLUMN: predictions.probabilities}
+        if with_details:
+            has_unknown = [np.zeros(encoded.num_rows, np.bool_), *predictor.unknown(encoded).values()]
+            scores |= {LOGIT_COLUMN: predictions.logits, HAS_UNKNOWN_COLUMN: np.logical_or.reduce(has_unknown)}
+        judged = None
+        if with_metrics and chunk.has_label:
+            judged = chunk.targets(rows.schema).with_columns(pl.Series("@logit", predictions.logits)).drop_nulls()
+        num_values = {
+            column.name: len(encoded.sparse[i][0]) if isinstance(encoded.sparse, tuple) else encoded.num_rows
+            for i, column in enumerate(rows.schema.sparse)
+            if column.name in predictions.num_unknown
+        }
+        counts = {
+            "num_bytes": chunk.num_bytes,
+            "bad_rows": chunk.bad_rows.to_json(),
+            "sum": float(predictions.probabilities.sum(dtype=np.float64)),
+            "values": [num_values, predictions.num_unknown, predictions.num_filled],
+        }
+        yield _scores(chunk, scores, rows, as_text=as_text), judged, counts
 
 
 def _encoded_ahead(predictor: Predictor, rows: RowsIn, remedy: str | None) -> Iterator[tuple[RowChunk, EncodedRows]]:
@@ -152,11 +263,9 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, remedy: str | None) -> It
         return chunk, predictor.encode(chunk.frame)
 
     with ThreadPoolExecutor(1, "torchdlrm-read") as reader:
-        ahead: deque[Future[tuple[RowChunk, EncodedRows] | None]] = deque()
+        ahead = deque(reader.submit(read) for _ in range(_CHUNKS_AHEAD))
         try:
             while True:
-                while len(ahead) < _CHUNKS_AHEAD:
-                    ahead.append(reader.submit(read))
                 # By short waits: Polars' handler of Ctrl-C restarts a long one, and a stream may never say more.
                 while not wait([ahead[0]], _WAIT_S).done:
                     pass
@@ -164,13 +273,10 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, remedy: str | None) -> It
                 if done is None:
                     return
                 yield done
+                ahead.append(reader.submit(read))
         finally:
             rows.is_over.set()
             reader.shutdown(wait=True, cancel_futures=True)
-
-
-def _has_unknown(predictor: Predictor, rows: EncodedRows) -> NDArray[np.bool_]:
-    return np.logical_or.reduce([np.zeros(rows.num_rows, np.bool_), *predictor.unknown(rows).values()])
 
 
 def _scores(chunk: RowChunk, scores: Mapping[str, NDArray[Any]], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
@@ -199,37 +305,23 @@ def _written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Se
 class _Tally:
     """Adds up the numbers of the summary."""
 
-    def __init__(self, schema: FeatureSchema, *, has_labels: bool) -> None:
-        self._schema = schema
+    def __init__(self) -> None:
         self._sum = 0.0
-        self._num_unknown: Counter[str] = Counter()
-        self._num_filled: Counter[str] = Counter()
-        self._num_values: Counter[str] = Counter()
-        self._has_labels = has_labels
-        self._targets: list[pl.DataFrame] = []
-        self._logits: list[NDArray[np.float32]] = []
+        self._values: tuple[Counter[str], ...] = Counter(), Counter(), Counter()
+        self._judged: list[pl.DataFrame | None] = []
         self.summary = PredictSummary()
 
-    def add(self, chunk: RowChunk, encoded: EncodedRows, predictions: Predictions) -> None:
-        """Take in a chunk and what came of it."""
-        self.summary.rows += chunk.num_rows
-        self.summary.bad_rows += len(chunk.bad_positions)
-        for reason, count in chunk.bad_rows.counts.items():
-            self.summary.details.add(reason, count, chunk.bad_rows.examples[reason])
-        self._sum += float(predictions.probabilities.sum(dtype=np.float64))
-        for i, column in enumerate(self._schema.sparse):
-            if column.name in predictions.num_unknown:
-                num_values = len(encoded.sparse[i][0]) if isinstance(encoded.sparse, tuple) else encoded.num_rows
-                self._num_values[column.name] += num_values
-        self._num_unknown.update(predictions.num_unknown)
-        self._num_filled.update(predictions.num_filled)
-        self._has_labels &= chunk.has_label
-        if self._has_labels:
-            targets = chunk.targets(self._schema)
-            self._targets.append(targets.drop_nulls())
-            self._logits.append(
-                predictions.logits[targets.select(pl.all_horizontal(pl.all().is_not_null())).to_series().to_numpy()]
-            )
+    def add(self, frame: pl.DataFrame, judged: pl.DataFrame | None, counts: dict[str, Any]) -> None:
+        """Take in what came of a chunk."""
+        bad_rows = BadRows.from_json(counts["bad_rows"])
+        self.summary.rows += frame.height
+        self.summary.bad_rows += bad_rows.total
+        for reason, count in bad_rows.counts.items():
+            self.summary.details.add(reason, count, bad_rows.examples[reason])
+        self._sum += counts["sum"]
+        for total, more in zip(self._values, counts["values"], strict=True):
+            total.update(more)
+        self._judged.append(judged)
 
     def finish(self, duration_s: float) -> PredictSummary:
         """The summary, when all rows are in."""
@@ -237,17 +329,14 @@ class _Tally:
         predicted = summary.rows - summary.bad_rows
         summary.duration_s = duration_s
         summary.mean_prediction = self._sum / predicted if predicted else None
-        summary.num_never_missing = {name: count for name, count in self._num_filled.items() if count}
-        summary.unknown_rate = {
-            name: count / max(1, self._num_values[name]) for name, count in self._num_unknown.items()
-        }
-        if self._has_labels and any(map(len, self._targets)):
+        num_values, num_unknown, num_filled = self._values
+        summary.num_never_missing = {name: count for name, count in num_filled.items() if count}
+        summary.unknown_rate = {name: count / max(1, num_values[name]) for name, count in num_unknown.items()}
+        judged = [frame for frame in self._judged if frame is not None]
+        if len(judged) == len(self._judged) and any(map(len, judged)):
             # One file without weights, and all rows count the same.
-            names = min((targets.columns for targets in self._targets), key=len)
-            targets = pl.concat([targets.select(names) for targets in self._targets])
-            summary.metrics = binary_metrics(
-                targets[names[0]].to_numpy(),
-                np.concatenate(self._logits),
-                *(targets[name].to_numpy() for name in names[1:]),
-            )
+            names = min((frame.columns for frame in judged), key=len)
+            columns = pl.concat([frame.select(names) for frame in judged])
+            labels, *weights, logits = (columns[name].to_numpy() for name in names)
+            summary.metrics = binary_metrics(labels, logits, *weights)
         return summary

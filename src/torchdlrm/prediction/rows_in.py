@@ -39,6 +39,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile, reading
 from torchdlrm.logs.find import find_files, recognise
 from torchdlrm.logs.format import OpenLog, found_by_name, ignored
+from torchdlrm.storage.places import shown
 from torchdlrm.storage.reading import FileIdentity
 
 STANDARD_INPUT = Path("-")
@@ -177,7 +178,7 @@ class RowsIn:
             num_lines, before = int(layout.header), 0
             for parsed, now in log.chunks(layout, self.chunk_bytes):
                 bad_rows = BadRows()
-                bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
+                bad_rows.add_chunk(parsed.bad_rows, shown(file.path), num_lines)
                 num_rows = parsed.frame.height + len(parsed.bad_positions)
                 yield RowChunk(
                     parsed.frame, num_rows, parsed.bad_positions, bad_rows, bool(layout.labels), now - before

@@ -163,7 +163,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
     for found in read_each(chunks, read):
         frames.append(found.to_frame())
         starts.append(starts[-1] + len(found))
-    table = pl.DataFrame(read_section(ids, "ids").select(["value", "id"]))
+    table = pl.DataFrame(Sections(ids).table("ids").select(["value", "id"]))
     looked_up = (
         pl.concat(frames)
         .lazy()
@@ -171,7 +171,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
         .select(pl.col("id").fill_null(UNKNOWN_ID))
         .collect()
     )
-    write_sections(target, {"ids": looked_up["id"].to_numpy(), "start": np.array(starts, np.int64)})
+    write_sections(target, {"ids": looked_up["id"].to_numpy(), "start": np.array(starts, np.int64)}.items())
     return {"values": starts[-1]}
 
 
@@ -193,7 +193,7 @@ def spread_values(
             mask = pl.Series((partitions >= values.start) & (partitions < values.end))
             found.append(piece.filter(mask).select(there))
     for found, target in zip(pieces, targets, strict=True):
-        write_sections(target, {section: pl.concat(found).to_arrow()})
+        write_sections(target, {section: pl.concat(found).to_arrow()}.items())
     return {}
 
 
@@ -235,8 +235,3 @@ def add_moments(total: dict[str, Moments], result: dict[str, Any]) -> None:
         total[name].total += Fraction(values)
         total[name].total_of_squares += Fraction(squares)
         total[name].num_missing += num_missing
-
-
-def read_section(path: Path, name: str) -> pa.Table:
-    """The table of that name in a file of sections, in mapped memory."""
-    return Sections(path).table(name)

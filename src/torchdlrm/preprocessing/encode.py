@@ -56,12 +56,10 @@ class Parts:
     def part_of_rows(
         self, first_row: int, first_of_split: tuple[int, int, int], codes: SplitCodes
     ) -> npt.NDArray[np.int64]:
-        """The part of each of B rows that follow each other in the log: int64 [B].
+        """The part of each of B rows that follow each other in the log, of these splits, uint8 [B]: int64 [B].
 
-        Args:
-            first_row: the position of the first among the good rows of the log.
-            first_of_split: for train, val and test, how many rows of the split stand before it.
-            codes: the split of each row, [B].
+        `first_row` is the position of the first among the good rows of the log; `first_of_split` says for train, val
+        and test how many rows of the split stand before it.
         """
         parts = np.empty(len(codes), np.int64)
         train_rows = np.flatnonzero(codes == 0)
@@ -122,7 +120,9 @@ def write_parts(
     """Write the rows of each part, which stand one after the other; each part that has rows, and its place."""
     table = pa.table(dict(columns))
     edges = enumerate(zip([0, *bounds[:-1].tolist()], bounds.tolist(), strict=True))
-    places = write_sections(target, {str(part): table[start:end] for part, (start, end) in edges if end > start})
+    places = write_sections(
+        target, {str(part): table[start:end] for part, (start, end) in edges if end > start}.items()
+    )
     return [(int(part), place) for part, place in places.items()]
 
 
@@ -233,13 +233,8 @@ def write_rows(
 ) -> Result:
     """Task: gather the rows of a part and write them as `folder/name`.
 
-    Args:
-        groups: the files of groups in the order of the log, and in each the place of the part.
-        shuffle_seed: the seed of their order; None keeps that of the log.
-        schema: the columns.
-        num_embeddings: rows of each feature's table.
-        folder: the dataset.
-        name: the file in it.
+    `groups` are the files of groups in the order of the log, and where in each the part is.  The rows are in the order
+    that `shuffle_seed` gives, without one in that of the log.
     """
 
     def read(group: tuple[Path, tuple[int, int]]) -> pa.Table:

@@ -38,7 +38,7 @@ def place_chunks(
     Raises:
         LogError: a split has no rows.
     """
-    split = _choose_split(files, rows_of_files, chunks, schema, seed)
+    split = _choose_split(files, rows_of_files, [path for path, _ in chunks], schema, seed)
     placed = []
     first_row, before = 0, (0, 0, 0)
     for path, num_rows in chunks:
@@ -52,11 +52,7 @@ def place_chunks(
 
 
 def _choose_split(
-    files: Sequence[LogFile],
-    rows_of_files: Sequence[int],
-    chunks: Sequence[tuple[Path, int]],
-    schema: FeatureSchema,
-    seed: int,
+    files: Sequence[LogFile], rows_of_files: Sequence[int], chunks: Sequence[Path], schema: FeatureSchema, seed: int
 ) -> RowSplit:
     rule, num_rows = schema.split, sum(rows_of_files)
     if rule.rule == "criteo":
@@ -69,12 +65,8 @@ def _choose_split(
         return RandomSplit(rule.val, rule.test, seed)
     assert schema.time is not None, "the schema was checked"
     val_rows, test_rows = round(num_rows * rule.val), round(num_rows * rule.test)
-
-    def all_times() -> Iterator[npt.NDArray[np.int64]]:
-        return (_read_times(path) for path, _ in chunks)
-
-    test_from = smallest(all_times, num_rows - test_rows) if test_rows else None
-    val_from = smallest(all_times, num_rows - test_rows - val_rows) if val_rows else None
+    test_from = smallest(lambda: map(_read_times, chunks), num_rows - test_rows) if test_rows else None
+    val_from = smallest(lambda: map(_read_times, chunks), num_rows - test_rows - val_rows) if val_rows else None
     return TimeSplit(schema.time, val_from, test_from)
 
 

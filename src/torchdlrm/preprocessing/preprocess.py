@@ -18,7 +18,7 @@ from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import publish_folder, sha256_of
-from torchdlrm.jobs.work_folder import WorkFolder, holds_job, pieces_of, remove_work
+from torchdlrm.jobs.work_folder import WorkFolder, holds_job, pieces_of, remove_work, work_folder
 from torchdlrm.jobs.workers import start_workers
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.find import find_files
@@ -84,7 +84,7 @@ def preprocess(
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
     period = _period(options, known)
     settings = _settings(files, schema, options, known, period)
-    partial = work_folder(out).absolute()
+    partial = work_folder(out)
     mirror.settle(out, MANIFEST_NAME)
     if out.exists():
         if holds_job(partial, settings) and not (pieces_of(partial) / "dataset").exists():
@@ -100,35 +100,30 @@ def preprocess(
             sizing = choose_sizing(files, schema, options, resources.memory_bytes, workers.tasks_in_memory, known_rows)
             if chunk_bytes is not None:
                 sizing = replace(sizing, chunk_bytes=chunk_bytes)
-            shared = workers.cluster is not None
-            work = WorkFolder.open(partial, settings, asdict(sizing), FOLDERS, is_shared=shared, restart=restart)
+            is_shared = workers.cluster is not None
+            work = WorkFolder.open(partial, settings, asdict(sizing), FOLDERS, is_shared=is_shared, restart=restart)
             sizing = JobSizing(**work.layout)
             try:
                 workers.require_to_see([work.pieces, *(file.path for file in files), *([known.path] if known else [])])
                 if work.pieces == partial:
-                    check_disk(files, partial, work.size_bytes)
+                    check_disk(files, partial)
                 fitting = tasks_that_fit(sizing, resources.memory_bytes)
                 if fitting < workers.tasks_in_memory:
                     workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
                 memory_bytes = resources.memory_bytes
                 job = Job(files, layouts, schema, options, work, sizing, workers, memory_bytes, listener, known, period)
-                manifest = job.run()
-                _finish(manifest, job.dataset_folder, out, overwrite=overwrite)
+                _finish(job.run(), job.dataset_folder, out, overwrite=overwrite)
+                workers.forget(work)
             except LogError:
                 if work.is_fresh or sum(file.size_bytes for file in files) < _KEPT_LOG_BYTES:
-                    work.remove()
+                    remove_work(partial)
                 raise
             finally:
                 work.close()
     except OSError as error:
         raise DatasetError(_cannot_write(out, error)) from error
-    work.remove()
+    remove_work(partial)
     return Dataset.open(out)
-
-
-def work_folder(out: Path) -> Path:
-    """Where a job keeps what it has done until the dataset `out` is complete."""
-    return out.parent / f".{out.name}.partial"
 
 
 def _finish(manifest: Manifest, folder: Path, out: Path, *, overwrite: bool) -> None:

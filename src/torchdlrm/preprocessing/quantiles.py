@@ -16,10 +16,10 @@ import polars as pl
 
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
-from torchdlrm.jobs.sections import write_sections
+from torchdlrm.jobs.sections import Sections, write_sections
 from torchdlrm.jobs.work_folder import Result, WorkFolder
 from torchdlrm.jobs.workers import Task, Workers
-from torchdlrm.preprocessing.count import ValueRange, read_section, summed, training_values
+from torchdlrm.preprocessing.count import ValueRange, summed, training_values
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.storage.mirror import fetch
 
@@ -55,7 +55,7 @@ def sort_values(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit
     numbers = summed(pl.concat(frames).with_columns(pl.col("value") + 0)).filter(pl.col("value").is_not_null())
     del frames
     found = numbers.sort("value").select("value", rows=pl.col("count").cum_sum()).collect()
-    write_sections(target, {"numbers": found.rechunk().to_arrow()})  # in one piece, as it is searched
+    write_sections(target, {"numbers": found.rechunk().to_arrow()}.items())  # in one piece, as it is searched
     return {"values": found.height}
 
 
@@ -63,15 +63,12 @@ def fit_quantiles(column: SparseColumn, numbers: Sequence[Path]) -> Result:
     """Task: the boundaries between quantiles of the training rows' numbers, of which there are n.
 
     Boundary k of q quantiles is the number at place floor(k * n / q), from 0, of the numbers in their order.  Equal
-    ones are one, and the smallest number is none: no training row would be in the bucket below it.
-
-    Args:
-        column: the feature.
-        numbers: what `sort_values` wrote, a file for each range; they are searched where they are, on the disk.
+    ones are one, and the smallest number is none: no training row would be in the bucket below it.  `numbers` are what
+    `sort_values` wrote, a file for each range, which is searched where it is, on the disk.
     """
     assert column.buckets is not None, "the caller saw to it"
     assert column.buckets.quantiles is not None, "the caller saw to it"
-    tables = [table for path in numbers if (table := read_section(fetch(path), "numbers")).num_rows]
+    tables = [table for path in numbers if (table := Sections(fetch(path)).table("numbers")).num_rows]
     if not tables:
         return {"boundaries": []}
     quantiles, num_rows = column.buckets.quantiles, sum(table["rows"][-1].as_py() for table in tables)
@@ -85,12 +82,10 @@ def fit_quantiles(column: SparseColumn, numbers: Sequence[Path]) -> Result:
 def _numbers_at(
     places: npt.NDArray[np.int64], values: Sequence[npt.NDArray[Any]], rows: Sequence[npt.NDArray[np.int64]]
 ) -> npt.NDArray[Any]:
-    """The numbers at these places in the order of all rows' numbers: bisected, all at a time.
+    """The numbers at these places, from 0, [Q], in the order of all rows' numbers: bisected, all at a time.
 
-    Args:
-        places: from 0, [Q].
-        values: int64 or float64, each ascending.
-        rows: for each of these, how many rows have it or a smaller one of the same array.
+    `values` are int64 or float64, each ascending; `rows`: for each number, how many rows of its array have it or a
+    smaller one.
     """
     dtype = values[0].dtype
     ends = np.array([min(found[0] for found in values), max(found[-1] for found in values)], dtype)

@@ -88,7 +88,7 @@ def read_chunk(
         if column.kind == "id":
             largest_ids[column.name] = pc.max(values["value"]).as_py() or 0
     sections["rows"] = pl.DataFrame(columns).to_arrow()
-    write_sections(target, sections)
+    write_sections(target, sections.items())
     return {
         "rows": rows.height,
         "lines": parsed.num_lines,

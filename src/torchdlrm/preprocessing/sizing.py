@@ -100,8 +100,8 @@ def part_memory_bytes(rows: int, schema: FeatureSchema) -> int:
     return int(_MEMORY_A_PART_BYTE * rows * bytes_a_row(schema)) + (8 << 20)
 
 
-def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
-    """See that the disk has room for what the job will write; `used_bytes` are there from before.
+def check_disk(files: Sequence[LogFile], folder: Path) -> None:
+    """See that the disk has room for what the job will write, some of which may be there from before.
 
     Raises:
         DatasetError: it has not.
@@ -111,7 +111,8 @@ def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
         needed += int(file.text_bytes * _DISK_A_TEXT_BYTE)
         if file.packing is not None:
             needed += int(file.text_bytes * _DISK_A_PACKED_BYTE)
-    free = shutil.disk_usage(folder).free + used_bytes
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free + used
     if free < needed:
         msg = (
             f"{folder}: the disk has {free / 1e9:,.1f} GB free, and the job needs up to {needed / 1e9:,.1f} GB there "

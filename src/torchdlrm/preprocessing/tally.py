@@ -28,11 +28,7 @@ _DENSE_SHIFT = 21
 
 @dataclass
 class Tally:
-    """What the manifest says of the rows of a split, and a histogram of each column.
-
-    Attributes:
-        clicks: of each label, in the order of the schema; none before rows are added.
-    """
+    """What the manifest says of the rows of a split, clicks by label in the schema's order; histograms of columns."""
 
     rows: int = 0
     clicks: list[int] = field(default_factory=list)
@@ -84,17 +80,10 @@ class Tally:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read what `to_json` returned."""
-        return cls(
-            content["rows"],
-            content["clicks"],
-            Counter(content["values"]),
-            Counter(content["unknown_rows"]),
-            Counter(content["missing_rows"]),
-            {
-                name: Counter({int(key): count for key, count in found.items()})
-                for name, found in content["histograms"].items()
-            },
-        )
+        values, unknown, missing = (Counter(content[name]) for name in ("values", "unknown_rows", "missing_rows"))
+        found = content["histograms"].items()
+        histograms = {name: Counter({int(key): count for key, count in counts.items()}) for name, counts in found}
+        return cls(content["rows"], content["clicks"], values, unknown, missing, histograms)
 
     def record(self, files: tuple[FileRecord, ...], train: Self, labels: Sequence[LabelColumn]) -> SplitRecord:
         """The split as it stands in the manifest."""

@@ -34,9 +34,9 @@ from torchdlrm.features.vocabulary import (
     write_rows,
 )
 from torchdlrm.files import replacing_durably
-from torchdlrm.jobs.sections import write_sections
+from torchdlrm.jobs.sections import Sections, write_sections
 from torchdlrm.jobs.work_folder import Result
-from torchdlrm.preprocessing.count import ValueRange, by_value, in_order, ranked, read_section, training_counts
+from torchdlrm.preprocessing.count import ValueRange, by_value, in_order, ranked, training_counts
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.storage.mirror import fetch
 
@@ -45,10 +45,8 @@ from torchdlrm.storage.mirror import fetch
 class Period:
     """The number of a log's period, and by what rules values come and go in it.
 
-    Attributes:
-        number: of the period.
-        expire_after: a value that was not seen in N periods, this one included, loses its id; None: none does.
-        admit_over: over N periods, this one included, a value is counted until it has an id.
+    A value that was not seen in `expire_after` periods, this one included, loses its id (None: none does); over
+    `admit_over` periods, this one included, a value is counted until it has one.
     """
 
     number: int
@@ -68,17 +66,10 @@ def count_values(
 ) -> Result:
     """Task: what a log makes of the values of a range.
 
-    Args:
-        values: the range.
-        chunks: of the log.
-        split: says which rows are for training.
-        min_count: a value that is counted less often gets no id.
-        known: the values of the range that have ids; `spread_values` wrote it.
-        candidates: counts, by period, of values of the range that have none; likewise.
-        period: the rules by which values come and go; None: none goes.
-        target: the file to write: `kept`, the values that keep their ids, in the order of ids; `new`, those that are
-            frequent enough for one, by falling count; where values come and go `candidates`, the counts that the next
-            period asks for of all values without ids, whether frequent enough or not.
+    `spread_values` wrote `known`, the values that have ids, and `candidates`, counts by period of those that have none.
+    The file gets `kept`, the values that keep their ids, in the order of ids; `new`, those that are frequent enough for
+    one, by falling count; and where values come and go `candidates`, the counts that the next period asks for of all
+    values without ids, whether frequent enough or not.
     """
     counted = training_counts(values, chunks, split)
     kept = _known_values(values.column, known, period)
@@ -91,7 +82,7 @@ def count_values(
     del counted
     new = rank_counts(new.filter(pl.col("count") >= min_count))
     tables |= {"kept": kept.sort("id"), "new": new}
-    write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
+    write_sections(target, {name: table.to_arrow() for name, table in tables.items()}.items())
     return {"values": kept.height + new.height}
 
 
@@ -101,7 +92,7 @@ def _known_values(column: SparseColumn, known: Path | None, period: Period | Non
     if known is None:
         numbers = {name: pl.Int64 if name == "count" else pl.Int32 for name in names[1:]}
         return pl.DataFrame(schema={"value": column.vocabulary_dtype, **numbers})
-    found = pl.DataFrame(read_section(known, "ids"))
+    found = pl.DataFrame(Sections(known).table("ids"))
     if period is None or "last_period" in found.columns:
         return found
     before = pl.lit(period.number - 1, pl.Int32)
@@ -143,7 +134,7 @@ def _read_candidates(column: SparseColumn, candidates: Path | None, before: int)
     """value, period and count of the values without ids in the periods after one."""
     if candidates is None:
         return pl.DataFrame(schema={"value": column.vocabulary_dtype, "period": pl.Int32, "count": pl.Int64})
-    return pl.DataFrame(read_section(candidates, "counts")).filter(pl.col("period") > before)
+    return pl.DataFrame(Sections(candidates).table("counts")).filter(pl.col("period") > before)
 
 
 def assign_ids(
@@ -159,17 +150,10 @@ def assign_ids(
 ) -> Result:
     """Task: give ids to the new values of all ranges of a feature; and write what the dataset has of it.
 
-    Args:
-        column: the feature.
-        counted: what `count_values` wrote, a file for each range.
-        known_rows: of the feature's table before; 1 where there was none.
-        num_known: values that had ids.
-        period: the rules by which values come and go; None: none goes.
-        max_ids: most values with ids.
-        values_at_a_time: how many values memory holds.
-        targets: the file of value and id of each range, and of its values without one.
-        dataset: its folder, with the folders vocabulary, reset and candidates; the files of the last two are written
-            where they have rows.
+    `counted` are the files of `count_values`, one for each range.  Before, the feature's table had `known_rows`, 1 if
+    there was none, and `num_known` values had ids; at most `max_ids` get some; memory holds `values_at_a_time`.  The
+    file of each range in `targets` gets value and id, and the values without one; the folders vocabulary, reset and
+    candidates of the `dataset` a file each, the last two where they have rows.
     """
     for path in counted:
         fetch(path)
@@ -180,17 +164,17 @@ def assign_ids(
     columns = VALUE_COLUMNS if period is None else PERIOD_COLUMNS
     # One range after the other: what is mapped into memory counts, too.
     for path, mask, ids, target in zip(counted, stays, ids_of_ranges, targets, strict=True):
-        admitted = pl.DataFrame(read_section(path, "new")).head(len(ids)).with_columns(pl.Series("id", ids))
+        admitted = pl.DataFrame(Sections(path).table("new")).head(len(ids)).with_columns(pl.Series("id", ids))
         if period is not None:
             admitted = admitted.with_columns(last_period=pl.lit(period.number, pl.Int32))
-        staying = pl.DataFrame(read_section(path, "kept")).filter(pl.Series(mask))
+        staying = pl.DataFrame(Sections(path).table("kept")).filter(pl.Series(mask))
         rows = pl.concat([staying.select(columns), admitted.select(columns)])
         rows = rows if rows["id"].is_sorted() else rows.sort("id")
         tables = {"ids": rows}
         if period is not None:
-            asked = pl.DataFrame(read_section(path, "candidates"))
+            asked = pl.DataFrame(Sections(path).table("candidates"))
             tables["candidates"] = asked.join(rows, on="value", how="anti", nulls_equal=True, maintain_order="left")
-        write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
+        write_sections(target, {name: table.to_arrow() for name, table in tables.items()}.items())
     name = f"{column.name}.parquet"
     num_ids = _write_vocabulary(column, columns, targets, values_at_a_time, dataset / "vocabulary" / name)
     reset = new_ids[new_ids < known_rows]
@@ -217,7 +201,7 @@ def assign_ids(
 
 def _column(path: Path, section: str, name: str) -> npt.NDArray[Any]:
     """A copy of a column of numbers, so that the file does not stay mapped."""
-    return np.array(read_section(path, section)[name])
+    return np.array(Sections(path).table(section)[name])
 
 
 def _choose(counted: Sequence[Path], period: Period | None, max_ids: int) -> tuple[list[npt.NDArray[np.bool_]], int]:
@@ -226,8 +210,8 @@ def _choose(counted: Sequence[Path], period: Period | None, max_ids: int) -> tup
     Where values come and go, those that were seen last come first, then the frequent ones, then those that had an id,
     by their ids; else all that had one keep it.
     """
-    sizes = [read_section(path, "kept").num_rows for path in counted]
-    num_kept, num_new = sum(sizes), sum(read_section(path, "new").num_rows for path in counted)
+    sizes = [Sections(path).table("kept").num_rows for path in counted]
+    num_kept, num_new = sum(sizes), sum(Sections(path).table("new").num_rows for path in counted)
     stays = np.ones(num_kept, np.bool_)
     if period is None:
         num_new = min(num_new, max(0, max_ids - num_kept))
@@ -265,7 +249,7 @@ def _ids_of_ranges(
     counted: Sequence[Path], new_ids: npt.NDArray[np.int32], values_at_a_time: int
 ) -> list[npt.NDArray[np.int32]]:
     """The ids of the first new values of each range, which are sorted by falling count; the others get none."""
-    new = [pl.DataFrame(read_section(path, "new")) for path in counted]
+    new = [pl.DataFrame(Sections(path).table("new")) for path in counted]
     ids: list[list[npt.NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in new]
     numbered = 0
     for slices in in_order(new, values_at_a_time):
@@ -283,7 +267,7 @@ def _write_vocabulary(
     column: SparseColumn, columns: Sequence[str], tables: Sequence[Path], values_at_a_time: int, path: Path
 ) -> int:
     """Write the vocabulary of which each range has a table; returns its largest id."""
-    num_ids = max(read_section(table, "ids")["id"][-1:].to_pylist() or [UNKNOWN_ID] for table in tables)[0]
+    num_ids = max(Sections(table).table("ids")["id"][-1:].to_pylist() or [UNKNOWN_ID] for table in tables)[0]
     with (
         replacing_durably(path) as temporary,
         ValuesWriter(temporary, column.vocabulary_kind, columns) as writer,
@@ -291,7 +275,7 @@ def _write_vocabulary(
         for first in range(0, num_ids + 1, values_at_a_time):
             pieces = []
             for table in tables:
-                rows = pl.DataFrame(read_section(table, "ids"))
+                rows = pl.DataFrame(Sections(table).table("ids"))
                 edges = first, min(first + values_at_a_time, num_ids + 1)
                 start, end = (int(rows["id"].search_sorted(edge)) for edge in edges)
                 pieces.append(rows[start:end])
@@ -301,7 +285,7 @@ def _write_vocabulary(
 
 def _write_candidates(column: SparseColumn, tables: Sequence[Path], values_at_a_time: int, path: Path) -> int:
     """Write the counts of values without ids, by value and period; returns their number, of which 0 make no file."""
-    ranges = [pl.DataFrame(read_section(table, "candidates")) for table in tables]
+    ranges = [pl.DataFrame(Sections(table).table("candidates")) for table in tables]
     sizes = [rows.height for rows in ranges]
     if not any(sizes):
         return 0

@@ -49,10 +49,7 @@ class VocabularyPhase:
     ) -> tuple[dict[str, SparseRecord], dict[str, list[Path]]]:
         """The sparse features as they stand in the manifest, and the files of the ids of their values.
 
-        Args:
-            split: says which rows are for training.
-            chunks: the files of all chunks of the log.
-            read: what reading each of them gave.
+        `read` is what reading each of the chunks gave.
         """
         num_values = sum(
             result["num_values"][column.name]

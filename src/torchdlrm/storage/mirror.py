@@ -18,12 +18,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import Lock, get_ident
+from threading import Lock
 from zlib import crc32
 
 from torchdlrm.errors import StorageError
@@ -40,7 +40,6 @@ _BLOCK_BYTES = 16 << 20
 _AT_A_TIME = 8
 _CLOCK_OF_FILES = 5  # Linux's CLOCK_REALTIME_COARSE
 _evicting = Lock()
-_borrowed: dict[int, list[Path]] = {}  # by thread
 
 
 def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
@@ -59,7 +58,6 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
     if url is None:
         return path
     patterns, listed_ns = tuple(names), time.clock_gettime_ns(_CLOCK_OF_FILES)
-    _borrowed.get(get_ident(), []).append(path)
     found = objects.listed(url)
     if not found and path.name == LINK_NAME and fetch_link(path) is not None:
         return fetch(path.resolve(), patterns)
@@ -167,7 +165,6 @@ def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None
     url = published_url(to)
     if url is None:
         return
-    _borrowed.get(get_ident(), []).append(path)
     found = objects.listed(url) if last is not None else {}
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
     names = {file.relative_to(path).as_posix(): file for file in files}
@@ -222,24 +219,12 @@ def move(path: Path, target: Path, last: str) -> None:
     objects.delete(*[f"{url}/{name}" for name in found])
 
 
-def remove_files(paths: Collection[Path], *, here_alone: bool = False) -> None:
-    """Remove files, and unless it is `here_alone` also the objects of one bucket that they stand for, all at once."""
+def remove_files(paths: Collection[Path]) -> None:
+    """Remove files, and the objects of one bucket that they stand for, all at once."""
     at_urls = [path for path in paths if published_url(path) is not None]
-    if not here_alone:
-        objects.delete(*[str(url_of(path)) for path in at_urls])
+    objects.delete(*[str(url_of(path)) for path in at_urls])
     for path in [*paths, *map(_stamp_path, at_urls)]:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def borrowing(folder: Path) -> Iterator[None]:
-    """What this thread fetches from a folder in a bucket, or writes into it, is not kept on this host afterwards."""
-    paths = _borrowed[get_ident()] = []
-    try:
-        yield
-    finally:
-        del _borrowed[get_ident()]
-        remove_files([path for path in paths if path.is_relative_to(folder)], here_alone=True)
 
 
 def files_at(path: Path) -> list[Path]:

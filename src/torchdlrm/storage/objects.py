@@ -62,9 +62,7 @@ class ChangedError(StorageError):
 
 
 def read(url: str, start: int = 0, end: int | None = None, *, etag: str | None = None) -> bytes:
-    """The bytes of an object from `start` to `end`, all by default; of that object alone which has this tag.
-
-    A negative `start`, without `end`, counts from the object's end.
+    """The bytes of an object from `start` (negative: from its end) to `end`; of that one alone which has this tag.
 
     Raises:
         FileNotFoundError: there is no such object.

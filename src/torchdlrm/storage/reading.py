@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from torchdlrm.storage import objects
 from torchdlrm.storage.places import published_url, url_of
@@ -20,7 +20,6 @@ RANGE_BYTES = 8 << 20
 _FIRST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 256 << 10, 32 << 20
 _BUFFER_BYTES = 64 << 10
 _ITEMS_AHEAD = 8
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _threads = ThreadPoolExecutor(16, thread_name_prefix="storage-read")
 
@@ -83,7 +82,7 @@ def parts_of(path: Path, *, whole: bool = False) -> Callable[[int, int | None], 
     return lambda start, end: content[start:end]
 
 
-def read_each(items: Iterable[_Item], read: Callable[[_Item], _Result]) -> Iterator[_Result]:
+def read_each(items: Iterable[Any], read: Callable[[Any], _Result]) -> Iterator[_Result]:
     """What is read of each item, in order; some are read ahead, as the answer of a bucket is long in coming."""
     waiting: deque[Future[_Result]] = deque()
     for item in items:

@@ -41,7 +41,7 @@ def test_sections_are_read_as_they_were_written_and_nothing_is_left_beside(tmp_p
         "b/c": pa.table({"y": ["q", None], "z": [0.5, 1.5]}),
         "d": pa.table({"w": []}),
     }
-    write_sections(tmp_path / "f", tables)
+    write_sections(tmp_path / "f", tables.items())
     sections = Sections(tmp_path / "f")
     assert all(sections.table(name).equals(table) for name, table in tables.items())
     assert "a" in sections
@@ -50,7 +50,7 @@ def test_sections_are_read_as_they_were_written_and_nothing_is_left_beside(tmp_p
     del sections
     assert kept["y"].to_pylist() == ["q", None], "tables outlive the file"
     with pytest.raises(TypeError):
-        write_sections(tmp_path / "g", {"a": None})
+        write_sections(tmp_path / "g", {"a": None}.items())
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
