@@ -18,7 +18,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # An example may take long because another test has the core.
-hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=int(os.environ.get("TORCHDLRM_EXAMPLES", "50")))
 hypothesis.settings.load_profile("suite")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 

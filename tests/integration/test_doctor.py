@@ -2,23 +2,37 @@
 
 import json
 import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
+from helpers.command_server import shared_server
+from torchdlrm.cli.about import doctor
+from torchdlrm.doctor import diagnose
+from torchdlrm.doctor import probe as probe_module
+
 
 @pytest.mark.slow
-def test_where_everything_works_it_says_so_with_what_will_be_used(dlrm):
-    done = dlrm("doctor", "--json", timeout_s=400, RANK="1", WORLD_SIZE="2")  # as within a job of torchrun
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+def test_where_everything_works_it_says_so_with_what_will_be_used(monkeypatch, capsys):
+    def probe(command, **options):
+        return shared_server().start([probe_module.__file__, *command[3:]], **options)
+
+    # As everywhere, in a process that has loaded torch.
+    monkeypatch.setattr(diagnose, "subprocess", SimpleNamespace(Popen=probe, TimeoutExpired=subprocess.TimeoutExpired))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():  # as within a job of torchrun
+        monkeypatch.setenv(name, value)
+    doctor(as_json=True)
+    done = capsys.readouterr()
+    told = json.loads(done.out)
     assert told["works"]
     assert {check["outcome"] for check in told["checks"]} == {"ok"}
     names = [check["name"] for check in told["checks"]]
     for name in ("all-to-all of 2 processes by gloo", "steps on the processor", "checkpoint", "bundle"):
         assert name in names
     assert told["uses"]["device"] == "cpu"
-    assert told["packages"]["torch"] in done.stderr
-    assert "everything works" in done.stderr
+    assert told["packages"]["torch"] in done.err
+    assert "everything works" in done.err
 
 
 @pytest.mark.parametrize(

@@ -358,8 +358,8 @@ def train_and_end(name, config, dataset, run, **arguments):
 def test_a_period_whose_process_died_is_resumed_with_the_bytes_that_it_would_have_had(copied, logs, tmp_path):
     config = CONFIG.model_copy(
         update={
-            "train": CONFIG.train.model_copy(update={"epochs": 20}),
-            "checkpoint": CONFIG.checkpoint.model_copy(update={"every_steps": 20}),
+            "train": CONFIG.train.model_copy(update={"epochs": 8}),
+            "checkpoint": CONFIG.checkpoint.model_copy(update={"every_steps": 10}),
         }
     )
     (tmp_path / "longer.toml").write_text(config_toml(config))

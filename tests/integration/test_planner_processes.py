@@ -10,7 +10,7 @@ import pytest
 from helpers.random_problems import problem, random_tables
 from torchdlrm.sharding.solution import solve
 
-NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "500"))  # 1000 take half a minute
+NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "350"))  # 1000 take half a minute
 TESTS = Path(__file__).parents[1]
 SET_UP = (
     f"import sys; sys.path.insert(0, {str(TESTS)!r}); "
