@@ -78,6 +78,7 @@ class Faults:
         cut: the share of answers that end in the middle.
         answer: (status, code) for all requests, such as (403, "AccessDenied").
         requests: "METHOD path" of each.
+        ranges: (path, first byte) of each request for a range.
     """
 
     port: int = 0
@@ -87,6 +88,7 @@ class Faults:
     cut: float = 0.0
     answer: tuple | None = None
     requests: list = field(default_factory=list)
+    ranges: list = field(default_factory=list)
     num_bytes: int = 0
 
     @property
@@ -121,6 +123,9 @@ class _Proxy:
             lines = head.decode("latin-1").split("\r\n")
             self.faults.requests.append(" ".join(lines[0].split(" ")[:2]))
             fields = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:] if line)}
+            if "range" in fields:
+                start = int(fields["range"].removeprefix("bytes=").partition("-")[0])
+                self.faults.ranges.append((lines[0].split(" ")[1], start))
             if "expect" in fields:
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(int(fields.get("content-length", 0)))

@@ -1,5 +1,6 @@
 """Bundles at URLs: opened, predicted with and served; a server follows a live model in a bucket."""
 
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -150,3 +151,19 @@ def test_a_bundle_that_a_killed_process_had_begun_to_publish_is_finished(bucket,
     path.with_name(".0002.partial").mkdir()
     apply_delta(*made, progress=False)
     assert bytes_of(f"{bucket}/0002") == wanted
+
+
+def test_a_fetch_that_was_ended_goes_on_with_the_blocks_that_are_not_there_unless_the_object_has_changed(bucket, far):
+    url, block, read = f"{bucket}/big", 2 << 20, objects.read
+    for content in (os.urandom(3 * block + 5), os.urandom(4 * block)):
+        objects.write(url, content)
+        far.requests.clear()
+        far.ranges.clear()
+        with pytest.MonkeyPatch.context() as patch:  # as if it had been killed: the second block does not come
+            patch.setattr(objects, "read", lambda *a, **k: read(*a, **k) if a[1] != block else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                mirror.fetch(located(url))
+        far.ranges.clear()
+        assert mirror.fetch(located(url)).read_bytes() == content
+        assert [start for _, start in far.ranges] == [block]
+    assert [path.name for path in located(bucket).iterdir()] == ["big"]

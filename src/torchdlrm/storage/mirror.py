@@ -1,6 +1,6 @@
 """Keeps what is at a URL and its path in the cache the same: fetches, publishes, moves, removes.
 
-    CACHE/s3/BUCKET/KEY           the object's bytes, or a part of them while they are fetched (`.KEY.part`)
+    CACHE/s3/BUCKET/KEY           the object's bytes, or blocks of them while they are fetched (`.KEY.part`)
     CACHE/stamps/s3/BUCKET/KEY    which object they are: its tag and size, and when the file was written
     CACHE/locks/00 to ff          keep processes from fetching the same object: each is of all whose paths have its sum
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from zlib import crc32
@@ -30,15 +31,13 @@ from torchdlrm.errors import StorageError
 from torchdlrm.storage import objects
 from torchdlrm.storage.objects import ObjectStat
 from torchdlrm.storage.places import cache_folder, located, published_url, url_of
-from torchdlrm.storage.reading import FileIdentity, open_to_read
 from torchdlrm.units import parse_bytes
 
 LIMIT_VARIABLE = "TORCHDLRM_CACHE_BYTES"
 LINK_NAME = "current"
 _STAMPS = "stamps"
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 2 << 20
 _AT_A_TIME = 8
-_CLOCK_OF_FILES = 5  # Linux's CLOCK_REALTIME_COARSE
 _evicting = Lock()
 
 
@@ -57,7 +56,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
     url = published_url(path)
     if url is None:
         return path
-    patterns, listed_ns = tuple(names), time.clock_gettime_ns(_CLOCK_OF_FILES)
+    patterns, listed_ns = tuple(names), time.clock_gettime_ns(5)  # Linux's CLOCK_REALTIME_COARSE, as files have it
     found = objects.listed(url)
     if not found and path.name == LINK_NAME and fetch_link(path) is not None:
         return fetch(path.resolve(), patterns)
@@ -269,7 +268,7 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
     if _is_current(path, wanted):
         os.utime(_stamp_path(path))  # used now
         return
-    part, etag = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.etag")
+    part, notes = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.blocks")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = cache_folder() / "locks" / f"{crc32(os.fsencode(path)) % 256:02x}"
     lock.parent.mkdir(exist_ok=True)
@@ -278,18 +277,23 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
         if _is_current(path, wanted):  # another process has fetched it meanwhile
             return
         _make_room(wanted.size_bytes)
-        if not etag.exists() or etag.read_text(encoding="utf-8") != wanted.etag:
-            part.unlink(missing_ok=True)
-            etag.write_text(wanted.etag, encoding="utf-8")
-        start = part.stat().st_size // _BLOCK_BYTES * _BLOCK_BYTES if part.exists() else 0
-        with part.open("ab") as file, open_to_read(path, FileIdentity(wanted.size_bytes, 0, wanted.etag)) as source:
-            file.truncate(start)
-            source.seek(start)
-            while block := source.read(_BLOCK_BYTES):
-                file.write(block)
+        had = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines() if notes.exists() else [])
+        if next(iter(had), None) != wanted.etag:
+            had.clear()
+            part.write_bytes(b"")
+            notes.write_text(f"{wanted.etag}\n", encoding="utf-8")
+
+        def fetch_block(start: int) -> None:
+            end = min(start + _BLOCK_BYTES, wanted.size_bytes)
+            os.pwrite(file.fileno(), objects.read(str(url_of(path)), start, end, etag=wanted.etag), start)
+            with notes.open("a", encoding="utf-8") as noted:
+                noted.write(f"{start}.\n")
+
+        with part.open("r+b") as file:
+            _each([partial(fetch_block, at) for at in range(0, wanted.size_bytes, _BLOCK_BYTES) if f"{at}." not in had])
         _stamp(path, wanted, part)
         part.replace(path)
-        etag.unlink()
+        notes.unlink()
 
 
 def _push_file(path: Path, to: Path, there: ObjectStat | None) -> None:

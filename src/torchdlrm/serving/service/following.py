@@ -33,10 +33,7 @@ class Target:
 
     @classmethod
     def of(cls, path: Path, seen: Self | None = None) -> Self:
-        """Where a path leads now; to itself where links lead in a circle.
-
-        `seen` is given back where it still leads there, which costs one request of a bucket at most.
-        """
+        """Where a path leads now, to itself where links lead in a circle; `seen` where that is where it leads."""
         mirror.fetch_link(path, patience_s=None if seen is None else _PATIENCE_S)
         try:
             folder = path.resolve()
