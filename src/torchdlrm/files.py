@@ -60,7 +60,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool = False) -> None:
+def publish_folder(
+    folder: Path, path: Path, manifest: str, *, overwrite: bool = False, others: Collection[str] = ()
+) -> None:
     """Give a complete folder its name, once all that is in it is on the disk itself.
 
     Args:
@@ -68,6 +70,7 @@ def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool =
         path: its name, on the same file system; nothing is there, unless it is to be overwritten.
         manifest: the file in it without which it is no such folder; it gets on the disk after all others.
         overwrite: take the place of the folder at `path`, which is removed.
+        others: files that other hosts have put into the bucket, there where the folder will be.
 
     Raises:
         OSError: the disk is full or failing, or something is at `path`.
@@ -86,7 +89,7 @@ def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool =
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
         with suppress(FileNotFoundError):
             path.rename(old)
-    mirror.move(folder, path, manifest)
+    mirror.move(folder, path, manifest, others)
     sync(path.absolute().parent)
     if overwrite:
         shutil.rmtree(old, ignore_errors=True)

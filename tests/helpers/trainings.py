@@ -26,13 +26,13 @@ OPTIONS = (
 class Process:
     """A `dlrm train` (or another `verb`) that runs beside the test, in a session of its own."""
 
-    def __init__(self, *args, verb=("train", CONFIG)):
+    def __init__(self, *args, verb=("train", CONFIG), environment=None):
         self.args, self.verb = args, verb
         self.process = shared_server().start(
             [DLRM, *verb, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", **(environment or {})},
             start_new_session=True,
         )
 
@@ -59,8 +59,8 @@ class Process:
         return self.wait()
 
 
-def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG)):
-    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each.
+def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG), environments=(None, None)):
+    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each, and environments.
 
     The first one is that of the endpoint, as on machines of their own: here either could be, and the job ends with it.
     """
@@ -68,10 +68,10 @@ def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG)):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = (*arguments, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
-    node, poll = Process(*shared, *first, verb=verb), threading.Event()
+    node, poll = Process(*shared, *first, verb=verb, environment=environments[0]), threading.Event()
     while node.process.poll() is None and not listens(node.process.pid, port):
         poll.wait(0.02)
-    return [node, Process(*shared, *second, verb=verb)]
+    return [node, Process(*shared, *second, verb=verb, environment=environments[1])]
 
 
 def listens(pid, port):

@@ -199,12 +199,12 @@ def remove(path: Path) -> None:
     _forget(path)
 
 
-def move(path: Path, target: Path, last: str) -> None:
-    """Give a folder another name, here and in the bucket, which may have more of it; `last` as for `push`."""
+def move(path: Path, target: Path, last: str, others: Collection[str] = ()) -> None:
+    """Give a folder another name, here and in the bucket, which may have more of it, and `others` under that name."""
     url, to = published_url(path), published_url(target)
     found = {} if url is None or to is None else objects.listed(url)
     if to is not None:  # what another job has left there when it was killed
-        mine = {file.relative_to(path).as_posix() for file in path.rglob("*")} | found.keys()
+        mine = {file.relative_to(path).as_posix() for file in path.rglob("*")} | found.keys() | {*others}
         objects.delete(*[f"{to}/{name}" for name in objects.listed(to).keys() - mine])
         shutil.rmtree(target, ignore_errors=True)
     for names in (found.keys() - {last}, found.keys() & {last}):

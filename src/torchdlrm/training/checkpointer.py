@@ -273,12 +273,12 @@ class Checkpointer:
         return True
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
-        write_record(partial, position, {name: digest for part in digests for name, digest in part.items()})
+        files = {name: digest for part in digests for name, digest in part.items()}
+        write_record(partial, position, files)
         publish_logs(self._folder)
-        mirror.push(partial, RECORD_NAME, to=final)
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
             _remove(final)
-        publish_folder(partial, final, RECORD_NAME)  # before older ones are removed
+        publish_folder(partial, final, RECORD_NAME, others=files)  # before older ones are removed
         # Later ones were passed over, as damaged or not finite: they push none of these out, and may be well again.
         steps = [step for step in list_checkpoints(self._folder) if step <= position.step]
         for step in set(steps) - {*steps[-self._keep_last :], position.best_step}:
