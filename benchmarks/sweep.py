@@ -82,7 +82,7 @@ def sweep(
             process.kill()
         with journal.open("ab") as file:
             file.write(b'{"op_code":6,"worker_id":"a592f')
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     found = json.loads(done.stdout)
     for trial in found["trials"]:
         del trial["seconds"]

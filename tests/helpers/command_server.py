@@ -43,7 +43,7 @@ DLRM = str(Path(sys.executable).with_name("dlrm"))
 MAX_REQUEST_BYTES = 1 << 18
 MAX_DESCRIPTORS = 64
 # Arguments of commands that spawn processes; of other scripts, any may.
-SPAWNING = {"--nproc-per-node", "--nnodes", "--max-restarts", "--workers", "bench", "doctor", "quickstart"}
+SPAWNING = {"--nproc-per-node", "--nnodes", "--max-restarts", "--workers", "bench", "quickstart"}
 SPAWNED = "spawn_main"  # what `multiprocessing` calls, and our name for the process
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ADOPTION_TIMEOUT_S = 10

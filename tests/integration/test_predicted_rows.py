@@ -155,6 +155,7 @@ def test_the_command_shows_intervals_and_writes_what_it_judged(small_run, dlrm, 
     assert f"{told['auc']:.5f}" in done.stderr
     assert f"{low:.5f} to {high:.5f}" in done.stderr
     assert "its AUC is known to about +-0.0" in done.stderr
+    assert f"evaluated test: AUC {told['auc']:.4f} ({low:.4f} to {high:.4f})" in dlrm("inspect", small_run).stderr
     frame = pl.read_parquet(out)
     assert frame.columns == ["row", "cat_3", "int_2", "label", "prediction", "logit"]
     again = dlrm("evaluate", out, "--json", "--group", "int_2", cwd=tmp_path)
@@ -187,6 +188,7 @@ def test_slices_are_those_of_the_rows_and_of_two_splits(rows, small_run, tmp_pat
     for options, message in (
         ({"against": "val"}, "`against`: compares slices; say with `by` which"),
         ({"by": "cat_0,cat_77"}, "column cat_77 is not in"),
+        ({"predictions": "p.txt"}, r"`predictions`: p\.txt must end in \.parquet, \.csv or \.csv\.gz$"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(small_run, **options)

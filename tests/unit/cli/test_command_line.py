@@ -13,6 +13,8 @@ from torchdlrm.cli.main import app, main
 from torchdlrm.cli.options import in_options
 from torchdlrm.config import load_config, shipped_config_names
 from torchdlrm.errors import ConfigError, TrainingError
+from torchdlrm.judged import interval
+from torchdlrm.judging.slices import Slice
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -182,3 +184,14 @@ def test_a_config_can_be_printed_to_start_from(capsys, tmp_path):
     assert load_config(mine) == load_config("criteo-small")
     config()
     assert "table_optimizer.learning_rate" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_names_of_slices_break_where_they_are_too_long_and_are_not_cut(capsys, monkeypatch):
+    monkeypatch.setattr(torchdlrm.cli.terminal, "console", Console(stderr=True, width=80, highlight=False))
+    estimates = dict.fromkeys(("click_rate", "auc", "logloss", "ne", "calibration"), interval(0.4, 0.01))
+    name = "city = Ulm, hour = 17 to 23, device = one with a name of many words"
+    torchdlrm.cli.terminal.print_slices([Slice(name, 1_234, 0.3, estimates, "ne", 3.0, 1e-6).as_json()])
+    table = capsys.readouterr().err
+    assert "…" not in table
+    assert {*name.split()} <= {*table.split()}
+    assert "<0.0001" in table
