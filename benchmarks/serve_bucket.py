@@ -6,9 +6,10 @@
 Starts an S3 server (moto's) on the loopback interface and a proxy before it, with 20 ms of latency and a limit of
 bandwidth, writes bundles of a random model with one large table and the deltas between them, and
 
-1. kills `dlrm serve BUNDLE` at random moments while it fetches, 5 % of the requests answered 503, until it serves:
-   counts the bytes of the weights that came through the proxy, and the blocks that were asked for again though they
-   were on the disk;
+1. kills `dlrm serve BUNDLE` at random moments while it fetches, 5 % of the requests answered 503, and lets the last
+   one serve; where a fetch was complete before its kill, the cache is removed and another begun:
+   counts the bytes that came through the proxy, and the blocks that were asked for again though they were on the
+   disk;
 2. lets a server follow `LIVE/current` over the periods, with requests at random moments (a Poisson process): seconds
    from the switch to the first new answer, bytes fetched, lost requests, and bytes of the cache; bundles older than
    three periods are removed from the bucket, as retention does;
@@ -23,6 +24,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ import uvloop
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from follow import TABLE, answer_of
 from helpers.buckets import Faults, far_away, s3_server  # type: ignore[import-not-found]
+from helpers.command_server import DLRM, shared_server  # type: ignore[import-not-found]
 from random_periods import write_periods
 from serve import Load, percentiles, request
 from torchdlrm.bundle.manifest import WEIGHTS_NAME
@@ -66,26 +69,11 @@ def publish(folder: Path, period: int) -> None:
 class Server:
     """A `dlrm serve` that reaches the bucket through the proxy alone."""
 
-    def __init__(self, url: str, faults: Faults, cache: Path, *options: str) -> None:
+    def __init__(self, url: str, faults: Faults, cache: Path) -> None:
         environment = os.environ | faults.environment | {"TORCHDLRM_CACHE": str(cache)}
-        dlrm = [
-            sys.executable,
-            "-c",
-            "from torchdlrm.cli.main import main; main()",
-            "serve",
-            url,
-            "--port",
-            "0",
-            "--json",
-        ]
+        command = [DLRM, "serve", url, "--port", "0", "--json", "--log-level", "warning"]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server
-        self.process = subprocess.Popen(
-            [*dlrm, "--log-level", "warning", *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
+        self.process = shared_server().start(command, env=environment, stdout=subprocess.PIPE, stderr=self.log)
 
     def ready(self) -> dict[str, Any]:
         """What it says once it takes requests."""
@@ -97,38 +85,46 @@ class Server:
     def lines(self) -> list[dict[str, Any]]:
         """Its log so far."""
         self.log.seek(0)
-        return [json.loads(line) for line in self.log if line.startswith("{")]
+        return [json.loads(line) if line.startswith("{") else {"event": line} for line in self.log]
 
 
-def parts_of(cache: Path) -> set[int]:
-    """Where the blocks of the weights begin that are on the disk."""
-    notes = list(cache.rglob(f".{WEIGHTS_NAME}.blocks"))
-    return {int(line[:-1]) for file in notes for line in file.read_text().splitlines()[1:]}
+def blocks_of(cache: Path) -> set[tuple[str, int]]:
+    """Of each file of the bundle that is not complete, where the blocks begin that are on the disk."""
+    notes = {file.name[1 : -len(".blocks")]: file.read_text().splitlines()[1:] for file in cache.rglob(".*.blocks")}
+    return {(name, int(line[:-1])) for name, lines in notes.items() for line in lines}
 
 
-def asked_for(faults: Faults, since: int) -> set[int]:
-    """Where the blocks of weights begin that servers have asked for since then."""
-    return {start for path, start in faults.ranges[since:] if path.endswith(WEIGHTS_NAME)}
+def asked_for(faults: Faults, since: int) -> set[tuple[str, int]]:
+    """Where the blocks begin that servers have asked for since then."""
+    return {(path.rpartition("/")[2], start) for path, start in faults.ranges[since:]}
+
+
+def is_complete(cache: Path) -> bool:
+    """Whether all of the weights are there."""
+    return any(cache.rglob(WEIGHTS_NAME)) and not any(cache.rglob(".*.blocks"))
 
 
 def killed(faults: Faults, cache: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Kill servers that fetch until one has been killed as often as asked, and let the last one serve."""
     chance, again, began_s = random.Random(0), 0, time.perf_counter()  # noqa: S311 - nothing secret
     faults.busy, faults.num_bytes = 0.05, 0
-    kills = 0
+    kills, rounds = 0, 1
     while kills < options.kills:
-        there, before, seen = parts_of(cache), faults.num_bytes, len(faults.ranges)
+        there, before, seen = blocks_of(cache), faults.num_bytes, len(faults.ranges)
         limit_bytes = before + chance.randrange(1 << 20, options.kill_bytes)
         server = Server(f"{BUCKET}/bundle", faults, cache)
-        while server.process.poll() is None and faults.num_bytes < limit_bytes:
+        while server.process.poll() is None and faults.num_bytes < limit_bytes and not is_complete(cache):
             time.sleep(0.005)
         assert server.process.poll() is None, server.lines()
         server.process.kill()
         server.process.wait()
         kills += 1
         again += len(asked_for(faults, seen) & there)
-        print(f"kill {kills:2d}: {faults.num_bytes - before:12,d} bytes came, {len(parts_of(cache)):3d} blocks there")
-    there, seen = parts_of(cache), len(faults.ranges)
+        if is_complete(cache):
+            rounds += 1
+            shutil.rmtree(cache)
+        print(f"kill {kills:2d}: {faults.num_bytes - before:12,d} bytes came, {len(blocks_of(cache)):3d} blocks there")
+    there, seen = blocks_of(cache), len(faults.ranges)
     server = Server(f"{BUCKET}/bundle", faults, cache)
     served = server.ready()
     again += len(asked_for(faults, seen) & there)
@@ -137,6 +133,7 @@ def killed(faults: Faults, cache: Path, options: argparse.Namespace) -> dict[str
     faults.busy = 0.0
     return {
         "kills": kills,
+        "whole_fetches": rounds,
         "version": served["version"],
         "bytes_through_the_proxy": faults.num_bytes,
         "blocks_fetched_again_though_on_the_disk": again,
@@ -205,14 +202,14 @@ def main() -> None:
     """Write the bundles, kill, follow, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument(
-        "--rows", type=int, default=1_500_000, help="of the table of the bundle that is fetched and killed"
+        "--rows", type=int, default=800_000, help="of the table of the bundle that is fetched and killed"
     )
     parser.add_argument("--live-rows", type=int, default=200_000, help="of the table of the live model")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
-        "--kill-bytes", type=int, default=24 << 20, help="the most that a server fetches before its end"
+        "--kill-bytes", type=int, default=40 << 20, help="the most that a server fetches before its end"
     )
-    parser.add_argument("--periods", type=int, default=11)
+    parser.add_argument("--periods", type=int, default=11, help="0: kills alone")
     parser.add_argument("--per-s", type=float, default=50.0, help="requests a second")
     parser.add_argument("--fault-s", type=float, default=30.0)
     parser.add_argument("--latency-s", type=float, default=0.02)
@@ -237,6 +234,8 @@ def main() -> None:
             if options.kills:
                 found["killed"] = killed(faults, folder / "cache", options)
                 print(f"weights of {weights_bytes:,} bytes:", json.dumps(found["killed"]))
+            if not options.periods:
+                return
             publish(folder / "live", 1)
             server = Server(f"{BUCKET}/live", faults, folder / "other")
             try:
