@@ -2,13 +2,14 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.options import Flag, Json, OwnModel, Positive
+from torchdlrm.cli.options import Flag, Json, Machines, OwnModel
 from torchdlrm.cli.terminal import (
     announce,
     drawn,
@@ -45,7 +46,7 @@ def advance(
     settings: Annotated[LiveSettings, Parameter(name="*")] = LiveSettings(),  # noqa: B008 - frozen
     own_model: OwnModel = OwnModel(),  # noqa: B008 - likewise
     restart: Flag = False,
-    nproc_per_node: Positive = 1,
+    machines: Machines = Machines(),  # noqa: B008 - likewise
     resources: Resources = Resources(),  # noqa: B008 - likewise
     dry_run: Flag = False,
     as_json: Json = False,
@@ -67,7 +68,6 @@ def advance(
         schema: What the columns are, as `dlrm preprocess` has it; needed by the first call, and kept in
             LIVE/schema.toml.
         restart: Remove a period that is not complete, or whose model was not published, and begin it again.
-        nproc_per_node: Processes that train.
         dry_run: Say what would be done, refuse what would be refused, and write nothing.
     """
     announce(f"advance {live}")
@@ -83,11 +83,10 @@ def advance(
     from torchdlrm.live.advance import advance as advance_live
     from torchdlrm.live.logs import watched_logs
     from torchdlrm.live.model import LiveModel
-    from torchdlrm.training.processes.launch import Processes
 
-    processes = Processes(nproc_per_node)
+    processes = machines.processes()
     warn_of_crowding(processes)
-    given |= {"resources": resources, "train_by": _training_in(processes)}
+    given |= {"resources": resources, "train_by": _training_in(processes), "has_helpers": machines.nnodes > 1}
     periods = LiveModel(live).fetch().periods
     complete = {record.period for record in periods}
     with saying_at_ctrl_c("interrupted; the same command resumes"):
@@ -148,7 +147,9 @@ def _training_in(processes: "Processes") -> Callable[..., object]:
 
     def train_in_processes(*args: Any, progress: "ProgressListener", **options: Any) -> object:
         progress.start_phase(f"learn in {processes.world_size} processes", None)  # the first one says how far it is
-        return launch(drawn, partial(train, *args, **options), processes=processes)
+        run: Path = args[2]
+        named = replace(processes, rdzv_id="-".join([processes.rdzv_id, *run.parts[-4:]]))  # each run meets anew
+        return launch(drawn, partial(train, *args, **options), processes=named)
 
     return train if processes.world_size == 1 else train_in_processes
 

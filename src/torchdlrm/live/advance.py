@@ -18,6 +18,7 @@ so: whatever ends the process, at whatever moment, the same call resumes, and en
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,14 +43,7 @@ from torchdlrm.live.gate import judge, progressive_metrics, read_scores, require
 from torchdlrm.live.logs import find_log
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
 from torchdlrm.live.preview import AdvancePreview, lineage_of, preview_advance
-from torchdlrm.live.record import (
-    FeatureRecord,
-    PeriodRecord,
-    StepName,
-    StepTime,
-    read_times,
-    write_times,
-)
+from torchdlrm.live.record import FeatureRecord, PeriodRecord, StepName, StepTime, read_times, write_times
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.logs.files import LogFile
 from torchdlrm.model.model_class import ModelClass
@@ -58,6 +52,7 @@ from torchdlrm.preprocessing.options import PreprocessOptions, Resources
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
 from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.storage import mirror
+from torchdlrm.storage.lease import HeldError
 from torchdlrm.storage.places import located
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
@@ -82,6 +77,7 @@ def advance(
     restart: bool = False,
     resources: Resources | None = None,
     train_by: Callable[..., object] = train,
+    has_helpers: bool = False,
     progress: ProgressListener | bool = True,
 ) -> PeriodRecord:
     """Score a new log with the previous model, learn from it, and publish the new model if it is good enough.
@@ -101,6 +97,8 @@ def advance(
         restart: remove a period that is not complete, or whose model was not published, and begin it again.
         resources: of preprocessing; change no byte.
         train_by: called as `train` is; `dlrm advance --nproc-per-node` gives one that starts processes.
+        has_helpers: the same call is made on several machines, and the live model is at a URL: one of them does the
+            steps, and where it trains, the others call `train_by` with the same arguments.
         progress: receives the phases of all steps, and what of a new config does not suit a live
             model; True and False as for `train`.
 
@@ -114,16 +112,27 @@ def advance(
         Interrupted: SIGTERM or Ctrl-C.
     """
     log, model = find_log(logs), LiveModel(located(live))
-    own_model: dict[str, Any] = {
-        "model_class": model_class,
-        "allow_changed_model_class": allow_changed_model_class,
-    }
-    look = partial(
-        preview_advance, model, log, config=config, schema=schema, settings=settings, restart=restart, **own_model
-    )
-    look()  # before anything is written
-    with watched(progress) as listener, model.locked():
-        preview = look()
+    own_model: dict[str, Any] = {"model_class": model_class, "allow_changed_model_class": allow_changed_model_class}
+    look = partial(preview_advance, model, log, config=config, schema=schema, settings=settings, **own_model)
+    look(restart=restart)  # before anything is written
+    how = (log.files, resources, train_by, own_model)
+    with ExitStack() as held, watched(progress) as listener:
+        joined = 0
+        while True:
+            try:
+                held.enter_context(model.locked())
+                break
+            except HeldError:
+                if not has_helpers:
+                    raise
+            preview = look()
+            if preview.done is not None:
+                return preview.done
+            if "preprocess" in preview.draft.done and "learn" in preview.steps and joined < preview.draft.period:
+                joined = preview.draft.period
+                _Period(preview, *how, listener, is_helper=True).learn()
+            time.sleep(1)
+        preview = look(restart=restart)
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
             write_atomically(model.path / name, text)
         for warning in preview.warnings if preview.is_new_config else ():  # once
@@ -134,7 +143,7 @@ def advance(
             model.remove_period(preview.removed, preview.draft.base)
         record = preview.done
         if record is None:
-            record = _Period(preview, log.files, resources, train_by, own_model, listener).run()
+            record = _Period(preview, *how, listener).run()
         model.tidy()
     return record
 
@@ -149,6 +158,7 @@ class _Period:
     train: Callable[..., object]
     own_model: Mapping[str, Any]  # arguments of everything that reads or trains the model
     progress: ProgressListener
+    is_helper: bool = False  # another machine does all steps but the training
 
     def __post_init__(self) -> None:
         self.live, self.settings, self.config = self.preview.live, self.preview.settings, self.preview.config
@@ -168,7 +178,7 @@ class _Period:
                 if kind_of(folder) is None:  # it reached its bucket in part
                     remove_folder(folder)
         self.live.write_draft(self.draft)
-        actions = (self._score, self._preprocess, self._learn, self._export, self._check, self._publish)
+        actions = (self._score, self._preprocess, self.learn, self._export, self._check, self._publish)
         for name in self.preview.steps:
             started_s = time.perf_counter()
             num_bytes = actions[STEPS.index(name)]()
@@ -191,11 +201,7 @@ class _Period:
         scores = self.day / SCORES_NAME
         predictor = Predictor.open(self.live.bundle(self.draft.base), progress=self.progress, **self.own_model)
         unseen = score_log(
-            predictor,
-            self.files,
-            scores,
-            max_bad_rows=self.settings.max_bad_rows,
-            progress=self.progress,
+            predictor, self.files, scores, max_bad_rows=self.settings.max_bad_rows, progress=self.progress
         )
         sync(scores)
         mirror.push(scores)
@@ -205,8 +211,6 @@ class _Period:
 
     def _preprocess(self) -> int:
         base, settings = self.draft.base, self.settings
-        if base is not None:
-            mirror.fetch(self.live.day(base) / DATASET_NAME, ("*.json", "vocabulary/*", "candidates/*"))
         options = replace(
             self._options,
             vocabulary=None if base is None else self.live.day(base) / DATASET_NAME,
@@ -243,13 +247,16 @@ class _Period:
     def _encode(
         self, files: Sequence[LogFile], out: Path, schema: FeatureSchema, options: PreprocessOptions
     ) -> Dataset:
+        while self.is_helper and kind_of(out) is None:
+            time.sleep(1)
         if out.exists():  # it appears when it is complete
             shutil.rmtree(work_folder(out), ignore_errors=True)
             return Dataset.open(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         return preprocess(files, out, schema, options, progress=self.progress, resources=self.resources)
 
-    def _learn(self) -> int:
+    def learn(self) -> int:
+        """Train; gives the bytes of the run."""
         base = self.draft.base
         source = None if base is None else self.live.day(base) / RUN_NAME
         dataset = self.day / DATASET_NAME

@@ -21,14 +21,7 @@ from torchdlrm.live.changes import (
     require_label,
 )
 from torchdlrm.live.logs import PeriodLog, find_log, is_same, learnt_already, require_readable
-from torchdlrm.live.model import (
-    CONFIG_NAME,
-    DATASET_NAME,
-    RUN_NAME,
-    SETTINGS_NAME,
-    Draft,
-    LiveModel,
-)
+from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, RUN_NAME, SETTINGS_NAME, Draft, LiveModel
 from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
 from torchdlrm.model.model_class import ModelClass, architecture_of

@@ -22,12 +22,17 @@ from torchdlrm.storage.places import url_of
 LEASE_VARIABLE = "TORCHDLRM_LEASE_S"
 
 
+class HeldError(StorageError):
+    """Another process holds the lease."""
+
+
 @contextmanager
 def leased(path: Path) -> Iterator[Callable[[], None]]:
     """Hold a lease, which stands for a path; none of one on a disk.  Yields what confirms that it still holds.
 
     Raises:
-        StorageError: another process holds it, or, by what is yielded, has taken it over.
+        HeldError: another process holds it.
+        StorageError: another process has taken it over, by what is yielded.
     """
     url = url_of(path)
     if url is None:
@@ -68,7 +73,7 @@ class _Lease:
             f"{self._url.removesuffix('/.lock')}: process {held['pid']} of {held['host']} is changing it and holds the "
             f"lease until {until} ({left_s:.0f} s), longer if it goes on; wait for it"
         )
-        raise StorageError(msg)
+        raise HeldError(msg)
 
     def put_off(self) -> None:
         with self._writing:

@@ -105,14 +105,7 @@ def fetch_link(link: Path, *, patience_s: float | None = None) -> str | None:
 
 
 def lead_link(link: Path, target: str, etag: str | None) -> str | None:
-    """Lead a link to another folder, relative to its own, atomically; in the bucket, if its object has this tag.
-
-    Returns:
-        The new tag, as `fetch_link`.
-
-    Raises:
-        ChangedError: another process has led it elsewhere.
-    """
+    """Lead a link to another folder, relative to its own; gives the tag of its object, which must have had this one."""
     url = published_url(link)
     tag = None if url is None else objects.write(url, target.encode(), replacing=etag, create=etag is None)
     _place_link(link, target, tag)
