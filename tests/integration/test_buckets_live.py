@@ -15,7 +15,7 @@ from torchdlrm.errors import StorageError
 from torchdlrm.live.logs import watched_logs
 from torchdlrm.live.record import PeriodRecord
 from torchdlrm.storage import objects
-from torchdlrm.storage.places import located
+from torchdlrm.storage.places import located, url_of
 
 
 @pytest.fixture
@@ -48,6 +48,21 @@ def test_each_host_goes_on_where_another_ended_with_the_bytes_of_a_disk(bucket, 
     assert LiveModel.open(url).current == 2
     on_host("1")
     assert LiveModel.open(url).current == 2
+
+    # Several machines: the one that has the lease does the steps, the others train with it.
+    def training(_config, _dataset, run, **_):
+        raise ZeroDivisionError(url_of(run))
+
+    day_4 = f"{url}/days/0004/run"
+    with pytest.raises(ZeroDivisionError, match=day_4):
+        advance(url, logs[3], train_by=training)
+    with LiveModel(located(url)).locked():
+        on_host("helper")
+        with pytest.raises(ZeroDivisionError, match=day_4):
+            advance(url, logs[3], train_by=training, has_helpers=True)
+        with pytest.raises(StorageError, match="holds the lease"):
+            advance(url, logs[3], train_by=training)
+        assert advance(url, logs[0], has_helpers=True).period == 1
 
 
 def test_a_second_writer_is_told_who_holds_the_lease_and_a_dead_one_loses_it(bucket, on_host, monkeypatch):
