@@ -88,10 +88,11 @@ def script(name, folder, bucket, commands, **others):
     text = (DEPLOY / name).read_text()
     text = re.sub(r"#SBATCH --(gpus-per-node|mem)=.*\n", "", text)
     text = re.sub(r"(--nodes=)\d+", r"\g<1>2", re.sub(r"(--cpus-per-task=)\d+", r"\g<1>1", text))
-    python = Path(sys.executable).parent
-    text = text.replace("/opt/torchdlrm/bin", f"{commands}:{python}").replace(
-        "/tmp/torchdlrm-$USER", f"{folder}/$SLURMD_NODENAME"
-    )
+    text = text.replace("/opt/torchdlrm/bin", f"{commands}:{Path(sys.executable).parent}")
+    text = text.replace("/tmp/torchdlrm-$USER", f"{folder}/batch").replace("srun ", f"srun {folder}/on-node ")
+    on_node = folder / "on-node"  # each machine has a disk of its own
+    on_node.write_text(f'#!/bin/sh\nTORCHDLRM_CACHE={folder}/$SLURMD_NODENAME exec "$@"\n')
+    on_node.chmod(0o755)
     (text,) = here([text], bucket, **others)
     path = folder / name
     path.write_text(text)
@@ -114,13 +115,15 @@ def test_slurm_runs_the_scripts_and_starts_a_training_again_that_it_has_interrup
         said_there = (tmp_path / "preprocess.sbatch.out").read_text()
         assert state(job, environment) == ("COMPLETED", 0), said_there
         assert said_there.count("Registered to") >= 2
-        small["criteo-1tb"] = "criteo-small --train.max-steps 300 --logging.every-steps 1"
+        small["criteo-1tb"] = "criteo-small --train.epochs 15 --logging.every-steps 1"
         job = submit(script("train.sbatch", tmp_path, bucket, commands, **small), environment)
-        wait_for(lambda: "metrics.jsonl" in str([*(tmp_path / "n1").rglob("metrics.jsonl")]))
+        wait_for(lambda: any(tmp_path.glob("n*/s3/**/metrics.jsonl")))
         said(environment, "scancel", "--signal=TERM", job)
         wait_for(lambda: state(job, environment) == ("PENDING", 1))
-        said(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+        # SLURM waits two minutes; at once, the nodes would take the end of the first start for that of the second.
+        said(environment, "scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
         wait_for(lambda: state(job, environment)[0] not in {"PENDING", "RUNNING", "COMPLETING"})
         said_there = (tmp_path / "train.sbatch.out").read_text()
         assert state(job, environment) == ("COMPLETED", 1), said_there
+        assert "resuming after step" in said_there
     assert "bundle.json" in bytes_of(f"{bucket}/models/bundle")
