@@ -60,7 +60,7 @@ def dlrm_says(monkeypatch, capsys):
             "advance live log --gate.max-logloss-increase -1",
             "--gate.max-logloss-increase: must be greater than or equal to 0, got",
         ),
-        ("advance live", "dlrm advance: LOGS is missing; dlrm advance --help"),
+        ("advance live", "LOGS: give the files of a period's log, or in place of them --watch"),
         ("rollback live monday", "PERIOD: must be a whole number, got 'monday'"),
         ("synthesize --rows x --out y", "--rows: must be a whole number, got 'x'"),
         ("plan --tables criteo-1tb --alpha x", "--alpha: must be a number, got 'x'"),
