@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.buckets import bytes_of, far_away, s3_server  # type: ignore[import-not-found]
+from torchdlrm import PreprocessOptions, preprocess
 from torchdlrm.storage import objects
 
 DLRM = Path(sys.executable).with_name("dlrm")
@@ -38,9 +39,10 @@ def run(folder: Path, *arguments: object, environment: dict[str, str] | None = N
 
 
 def prepare(folder: Path, num_rows: int) -> None:
-    """Make a log and its dataset."""
+    """Make a log and its dataset, in about ten parts."""
     run(folder, "synthesize", "--rows", num_rows, "--out", "log.tsv")
-    run(folder, "preprocess", "log.tsv", "--out", "dataset")
+    options = PreprocessOptions(part_rows=max(num_rows // 10, 16_384))
+    preprocess(folder / "log.tsv", folder / "dataset", options=options, progress=False)
 
 
 def upload(folder: Path, url: str) -> None:
