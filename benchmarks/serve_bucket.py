@@ -72,6 +72,7 @@ class Server:
     def __init__(self, url: str, faults: Faults, cache: Path) -> None:
         environment = os.environ | faults.environment | {"TORCHDLRM_CACHE": str(cache)}
         command = [DLRM, "serve", url, "--port", "0", "--json", "--log-level", "warning"]
+        command += ["--deadline-ms", "10000"]  # where other programs have the cores, a second may pass
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server
         self.process = shared_server().start(command, env=environment, stdout=subprocess.PIPE, stderr=self.log)
 
