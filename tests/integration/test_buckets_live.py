@@ -102,3 +102,18 @@ def test_logs_are_taken_in_order_once_they_are_complete(bucket, tmp_path, monkey
             next(found)
         (record := PeriodRecord.model_construct(logs=())).__dict__["logs"] = [type("Log", (), {"path": expected[0][0]})]
         assert next(watched_logs(prefix, [record])) == expected[1]
+
+
+def test_a_draft_that_is_written_while_it_is_read_is_read_again(bucket, monkeypatch):
+    objects.write(f"{bucket}/live/live.toml", b"")
+    objects.write(f"{bucket}/live/days/0001/draft.json", b"0")
+    read, writes = objects.read, iter(range(1, 4))
+
+    def written_meanwhile(url, *args, **options):
+        if url.endswith("draft.json") and (number := next(writes, None)):
+            objects.write(url, str(number).encode())
+        return read(url, *args, **options)
+
+    monkeypatch.setattr(objects, "read", written_meanwhile)
+    live = LiveModel.open(f"{bucket}/live")
+    assert (live.day(1) / "draft.json").read_bytes() == b"3"

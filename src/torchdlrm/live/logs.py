@@ -20,8 +20,6 @@ from torchdlrm.storage import mirror
 from torchdlrm.storage.places import located, shown
 from torchdlrm.storage.reading import open_to_read
 
-_LOOK_EVERY_S = 5.0  # at a watched prefix
-
 
 @dataclass(frozen=True)
 class PeriodLog:
@@ -66,7 +64,7 @@ def watched_logs(prefix: Path, periods: Sequence[PeriodRecord]) -> Iterator[list
         if (first := min(logs, default="")) and (len(logs) > 1 or f"{first}/_SUCCESS" in sizes):
             yield logs[after := first]
         else:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(5)
 
 
 def _unit(name: Path) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -23,6 +23,7 @@ from torchdlrm.live.record import RECORD_NAME, GateRecord, LogRecord, PeriodReco
 from torchdlrm.live.settings import LiveSettings, changed_settings
 from torchdlrm.storage import mirror
 from torchdlrm.storage.lease import leased
+from torchdlrm.storage.objects import ChangedError
 from torchdlrm.storage.places import located
 
 SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME = "live.toml", "schema.toml", "config.toml"
@@ -89,7 +90,10 @@ class LiveModel:
 
     def fetch(self) -> Self:
         """Bring what is known of the periods into the cache, where this is in a bucket, as it is there now."""
-        mirror.fetch(self.path, _KNOWN)
+        for _ in range(20):
+            with suppress(ChangedError):  # a process that advances has written its draft meanwhile
+                mirror.fetch(self.path, _KNOWN)
+                break
         self._tag = mirror.fetch_link(self.path / CURRENT_NAME)
         return self
 
