@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.files import remove_folder
 from torchdlrm.jobs.work_folder import Result, WorkFolder
 from torchdlrm.storage.places import located, published_url, url_of, with_urls
+from torchdlrm.storage.reading import place
 
 # This number of tasks beyond those that run is handed over, so that no worker waits for the next.
 _TASKS_AHEAD = 2
@@ -105,7 +107,7 @@ class Workers:
 
     def _submit(self, task: Task) -> Future[Any]:
         if self.client is None:
-            return self.executor.submit(task.function, *task.arguments)
+            return self.executor.submit(_run_in_place, task)
         return self.executor.submit(_run_sent, _sent(task.function, task.arguments))
 
     def _collect(self, running: dict[Future[Any], Task], work: WorkFolder) -> None:
@@ -125,6 +127,11 @@ class Workers:
             f"`cluster`: the scheduler at {self.cluster} is gone; the same command resumes the job, also on "
             "another cluster, or here without `cluster`"
         )
+
+
+def _run_in_place(task: Task) -> Result:
+    with place.get():
+        return task.function(*task.arguments)
 
 
 class _Sender(pickle.Pickler):
@@ -175,7 +182,8 @@ def start_workers(count: int, cluster: str | None) -> Iterator[Workers]:
         ConfigError: there is no such cluster, or Dask is not installed.
     """
     if cluster is None:
-        with ThreadPoolExecutor(count, thread_name_prefix="job") as threads:
+        # Threads beyond those that compute wait for what they read of a bucket, or for a place.
+        with ThreadPoolExecutor(count + _TASKS_AHEAD, "job", place.set, (Semaphore(count),)) as threads:
             yield Workers(threads, count, count, count)
         return
     try:

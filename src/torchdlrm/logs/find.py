@@ -28,7 +28,6 @@ from torchdlrm.storage.reading import identity_of, open_to_read
 LOG_FORMATS: tuple[LogFormat, ...] = (PARQUET, ORC, NpyFormat(), MultiHotFormat(), NvtFormat(), JSON_LINES, TEXT)
 
 MAGIC_BYTES = 16
-_AT_A_TIME = 16
 _DAY = re.compile(r"day_(\d+)(?!\d)")
 # What files of other kinds start with, what they are, and what makes a log of them that can be read.
 _OTHERS = (
@@ -56,7 +55,7 @@ def find_files(paths: Sequence[Path | LogFile]) -> tuple[LogFile, ...]:
     if not paths:
         raise LogError("no log given: name at least one file")
     found = [[path] if isinstance(path, LogFile) else files_at(path) for path in paths]
-    with ThreadPoolExecutor(_AT_A_TIME) as threads:
+    with ThreadPoolExecutor() as threads:
         files = list(threads.map(_found, itertools.chain.from_iterable(found)))
     resolved = [file.path.resolve() for file in files]
     for i, file in enumerate(files):

@@ -86,14 +86,12 @@ def preprocess(
     settings = _settings(files, schema, options, known, period)
     partial = work_folder(out)
     mirror.settle(out, MANIFEST_NAME)
-    if out.exists():
-        if holds_job(partial, settings) and not (pieces_of(partial) / "dataset").exists():
-            remove_work(partial)  # the job was done, and killed while it tidied up
-            return Dataset.open(out)
-        if (done := _found(out, files, schema, options, settings, overwrite=overwrite)) is not None:
-            if holds_job(partial, settings):  # it was killed before it could tidy up
-                remove_work(partial)
-            return done
+    is_done = holds_job(partial, settings) and not (pieces_of(partial) / "dataset").exists()
+    overwrite &= not is_done
+    if out.exists() and (done := _found(out, files, schema, options, settings, overwrite=overwrite)) is not None:
+        if holds_job(partial, settings):  # it was killed before it had tidied up
+            remove_work(partial)
+        return done
     try:
         with watched(progress) as listener, start_workers(resources.num_workers, resources.cluster) as workers:
             known_rows = 0 if known is None or not options.extend_vocabulary else _longest_vocabulary(known)

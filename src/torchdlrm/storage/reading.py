@@ -6,10 +6,12 @@ In: a path.  Out: a binary file with `seek`, whose bytes are all of one object: 
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from threading import Semaphore
 from typing import Any, BinaryIO, TypeVar, cast
 
 from torchdlrm.storage import objects
@@ -21,6 +23,8 @@ _FIRST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 256 << 10, 32 << 20
 _BUFFER_BYTES = 64 << 10
 _ITEMS_AHEAD = 8
 _Result = TypeVar("_Result")
+# In which a thread computes; another thread takes its place while it waits for an object.
+place: ContextVar[Semaphore] = ContextVar("place")
 _threads = ThreadPoolExecutor(16, thread_name_prefix="storage-read")
 
 
@@ -127,6 +131,10 @@ class _Ranges(io.RawIOBase):
             self._ahead_bytes = min(max(4 * self._ahead_bytes, _FIRST_AHEAD_BYTES), _MOST_AHEAD_BYTES)
         while self._position < end:
             range_end, future = self._ranges[0]
+            if (lent := place.get(None)) is not None and not future.done():
+                lent.release()
+                wait([future])
+                lent.acquire()
             data = future.result()
             at = self._position - (range_end - len(data))
             piece = memoryview(data)[at : at + end - self._position]

@@ -59,11 +59,9 @@ class _Stored:
 
     @property
     def row_bytes(self) -> int:
-        """What a row takes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def rows(self, start: int, end: int) -> _Array:
-        """Some of its rows, two-dimensional."""
         size_bytes = (min(end, self.shape[0]) - start) * self.row_bytes
         content = b""
         if size_bytes:
@@ -79,8 +77,8 @@ class _Arrays(TableFormat):
     text_bytes_a_byte: ClassVar[float] = 3.0
 
     @abstractmethod
-    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | None]]:
-        """Each column: the array that it stands in, and at which place; None: it is all of it.  The label is the first.
+    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | slice]]:
+        """Each column: the array that it stands in, and at which place.  The label is the first.
 
         Raises:
             LogError: a file is missing, or has another shape or type.
@@ -89,7 +87,7 @@ class _Arrays(TableFormat):
     def describe(self, file: LogFile) -> TableFile:
         """The columns; a group is a block of rows."""
         arrays = self.arrays(file.path)
-        fields = [(name, _arrow(_column(array.rows(0, 0), at)).type) for name, (array, at) in arrays.items()]
+        fields = [(name, _arrow(array.rows(0, 0)[:, at]).type) for name, (array, at) in arrays.items()]
         num_rows = arrays["label"][0].shape[0]
         rows = [min(_BLOCK_ROWS, num_rows - start) for start in range(0, num_rows, _BLOCK_ROWS)]
         row_bytes = sum(array.row_bytes for array in {array for array, _ in arrays.values()})
@@ -103,7 +101,7 @@ class _Arrays(TableFormat):
         columns = {}
         for name in names:
             array, at = arrays[name]
-            values = _column(read[array], at)
+            values = read[array][:, at]
             if values.dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(values))):
                 row = start + int(bad[0])
                 msg = f"{array.path}, row {row + 1:,}, column {name}: {values[bad[0]]} is not a finite number"
@@ -122,7 +120,7 @@ class NpyFormat(_Arrays):
         """By its name: a file of another content is a damaged one."""
         return path.name.endswith(self.ending)
 
-    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | None]]:
+    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | slice]]:
         """The columns of the arrays of a day."""
         stem = path.name.removesuffix(self.ending)
         files = {kind: path.with_name(f"{stem}_{kind}.npy") for kind in ("labels", "dense")}
@@ -130,11 +128,11 @@ class NpyFormat(_Arrays):
         num_rows = labels.shape[0] if labels.shape else 0
         _expect(files["labels"], labels, (num_rows, 1)[: max(1, len(labels.shape))])
         _expect(files["dense"], dense, (num_rows, NUM_CRITEO_DENSE))
-        columns: dict[str, tuple[_Stored, int | None]] = {"label": (labels, 0)}
+        columns: dict[str, tuple[_Stored, int | slice]] = {"label": (labels, 0)}
         columns |= {name: (dense, i) for i, name in enumerate(DENSE_NAMES)}
         return columns | dict(zip(SPARSE_NAMES, self._ids(path, num_rows), strict=True))
 
-    def _ids(self, path: Path, num_rows: int) -> Sequence[tuple[_Stored, int | None]]:
+    def _ids(self, path: Path, num_rows: int) -> Sequence[tuple[_Stored, int | slice]]:
         ids = _load(path)
         _expect(path, ids, (num_rows, NUM_CRITEO_SPARSE))
         return [(ids, i) for i in range(NUM_CRITEO_SPARSE)]
@@ -146,7 +144,7 @@ class MultiHotFormat(NpyFormat):
     name: ClassVar[str] = "multi-hot NumPy"
     ending: ClassVar[str] = "_sparse_multi_hot.npz"
 
-    def _ids(self, path: Path, num_rows: int) -> Sequence[tuple[_Stored, int | None]]:
+    def _ids(self, path: Path, num_rows: int) -> Sequence[tuple[_Stored, int | slice]]:
         """The members of an uncompressed npz."""
         arrays = []
         try:
@@ -166,7 +164,7 @@ class MultiHotFormat(NpyFormat):
             raise LogError(msg) from error
         for i, array in enumerate(arrays):
             _expect(Path(f"{path}/{i}.npy"), array, (num_rows, array.shape[1] if len(array.shape) == 2 else -1))
-        return [(array, None) for array in arrays]
+        return [(array, slice(None)) for array in arrays]
 
 
 class NvtFormat(_Arrays):
@@ -179,7 +177,7 @@ class NvtFormat(_Arrays):
         """By its name."""
         return path.name == "label.bin"
 
-    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | None]]:
+    def arrays(self, path: Path) -> Mapping[str, tuple[_Stored, int | slice]]:
         """The columns of the files of a folder."""
         num_rows = identity_of(path).size_bytes // 4
 
@@ -187,13 +185,9 @@ class NvtFormat(_Arrays):
             return _of_bytes(path.with_name(f"{name}.bin"), np.dtype(dtype), (num_rows, width))
 
         numerical = array("numerical", np.float32, NUM_CRITEO_DENSE)
-        columns: dict[str, tuple[_Stored, int | None]] = {"label": (array("label", np.float32), 0)}
+        columns: dict[str, tuple[_Stored, int | slice]] = {"label": (array("label", np.float32), 0)}
         columns |= {name: (numerical, i) for i, name in enumerate(DENSE_NAMES)}
         return columns | {name: (array(name, np.int32), 0) for name in SPARSE_NAMES}
-
-
-def _column(rows: _Array, at: int | None) -> _Array:
-    return rows if at is None else rows[:, at]
 
 
 def _arrow(values: _Array) -> pa.Array:
@@ -222,11 +216,7 @@ def _expect(path: Path, array: _Stored, shape: Sequence[int]) -> None:
 
 
 def _of_bytes(path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> _Stored:
-    try:
-        size_bytes = identity_of(path).size_bytes
-    except FileNotFoundError as error:
-        msg = f"{path}: there is no such file"
-        raise LogError(msg) from error
+    size_bytes = identity_of(path).size_bytes
     expected_bytes = math.prod(shape) * dtype.itemsize
     if size_bytes != expected_bytes:
         msg = f"{path}: has {size_bytes:,} bytes, expected {expected_bytes:,} for the {shape[0]:,} labels"
