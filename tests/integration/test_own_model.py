@@ -161,11 +161,15 @@ def test_a_class_may_pick_a_feature_by_name_and_be_written_in_any_python(small_d
     asked = PlanRequest(dataset=small_dataset.path, **own)
     assert plan(asked, config, measure=True).problem.measured.compute_ms > 0
     flags = [word for name, value in (FAST | divided).items() for word in (f"--{name}", value)]
-    done = dlrm(
+    command = (
         *("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run", *flags),
         *("--nproc-per-node", 2, "--train.batch-size-global", 63, "--model-class", own["model_class"]),
     )
+    done = dlrm(*command)
     assert done.returncode == 0, done.stderr
+    other = dlrm(*command, "--model.settings.largest", "31")  # the last one counts
+    assert other.returncode == 2, other.stderr
+    assert "model.settings.largest" in other.stderr, other.stderr
     assert plan(PlanRequest(run=tmp_path / "run", **own)).problem.shape.features["cat_2"] > 1
     bundle = export(tmp_path / "run", tmp_path / "bundle", **own).bundle
     assert bundle.manifest.check.largest_difference <= 1e-6

@@ -283,10 +283,12 @@ def _values(section: BaseModel, prefix: str) -> Iterator[tuple[str, object]]:
             yield from _values(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
             for key, part in value.items():
-                default = dict(_values(type(part)(), f"{prefix}{name}.{key}."))
-                yield from (
-                    (leaf, now) for leaf, now in _values(part, f"{prefix}{name}.{key}.") if now != default[leaf]
-                )
+                place = f"{prefix}{name}.{key}"
+                if isinstance(part, BaseModel):
+                    default = dict(_values(type(part)(), f"{place}."))
+                    yield from ((leaf, now) for leaf, now in _values(part, f"{place}.") if now != default[leaf])
+                else:
+                    yield place, part
         else:
             yield f"{prefix}{name}", value
 
