@@ -65,13 +65,12 @@ class _Lease:
         except FileNotFoundError:
             return None
         held = json.loads(content)
-        left_s = held["until"] - time.time()
-        if left_s <= 0:
+        if held["until"] <= time.time():
             return etag
         until = time.strftime("%H:%M:%S UTC", time.gmtime(held["until"]))
         msg = (
             f"{self._url.removesuffix('/.lock')}: process {held['pid']} of {held['host']} is changing it and holds the "
-            f"lease until {until} ({left_s:.0f} s), longer if it goes on; wait for it"
+            f"lease until {until}, longer if it goes on; wait for it"
         )
         raise HeldError(msg)
 
