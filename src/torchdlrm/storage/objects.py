@@ -44,7 +44,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role",
     ),
     ("AccessDenied|403|Permission", "the credentials do not allow it; grant reading, listing and writing there"),
-    ("error sending request|dns error|[Cc]onnect|timed out|operation timed", "the server does not answer"),
+    (
+        "error sending request|dns error|[Cc]onnect|timed out|operation timed",
+        "the server does not answer; look at the network, and at AWS_ENDPOINT_URL where it is set",
+    ),
 )
 
 

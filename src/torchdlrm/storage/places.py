@@ -81,5 +81,5 @@ def with_urls(text: str) -> str:
 def with_paths(token: str) -> str:
     """A token of a command line: for a URL in it, also behind `=`, the path that stands for it."""
     head, at, url = token.rpartition("=") if "=" in token.partition("://")[0] else ("", "", token)
-    is_place = re.match(rf"(?!({'|'.join(_SERVERS)})://)[a-z0-9]+://", url)
+    is_place = _URL.match(url) or re.match(rf"(?!({'|'.join(_SERVERS)})://)[a-z0-9]+://", url)
     return f"{head}{at}{located(url)}" if is_place else token
