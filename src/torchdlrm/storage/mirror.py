@@ -74,7 +74,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     for folder in {(path / name).parent for name in found}:
         folder.mkdir(parents=True, exist_ok=True)
-    _each([lambda name=name: _fetch_file(path / name, found[name]) for name in wanted])  # type: ignore[misc]
+    _each([partial(_fetch_file, path / name, found[name]) for name in wanted if not _is_used(path / name, found[name])])
     return path
 
 
@@ -258,8 +258,7 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
     if path.name == LINK_NAME:
         fetch_link(path)
         return
-    if _is_current(path, wanted):
-        os.utime(_stamp_path(path))  # used now
+    if _is_used(path, wanted):
         return
     part, notes = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.blocks")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,6 +305,13 @@ def _is_current(path: Path, wanted: ObjectStat, here: Path | None = None) -> boo
         return False
     is_as_written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
     return is_as_written and (etag, size_bytes) == (wanted.etag, wanted.size_bytes)
+
+
+def _is_used(path: Path, wanted: ObjectStat) -> bool:
+    """As `_is_current`, of a file that is used now."""
+    if is_current := path.name != LINK_NAME and _is_current(path, wanted):
+        os.utime(_stamp_path(path))
+    return is_current
 
 
 def _stamped(path: Path) -> ObjectStat | None:

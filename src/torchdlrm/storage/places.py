@@ -9,6 +9,7 @@ Where a part of a path starts with a point, it is unfinished work, and stays on 
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from torchdlrm.errors import StorageError
@@ -22,9 +23,13 @@ _NAMES_OF_OTHERS = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss"
 
 def cache_folder() -> Path:
     """Where the cache is: `TORCHDLRM_CACHE`, else the user's cache folder."""
-    named = os.environ.get(CACHE_VARIABLE)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.path.realpath(named or home / "torchdlrm"))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return _real(os.environ.get(CACHE_VARIABLE) or f"{home}/torchdlrm")
+
+
+@lru_cache(maxsize=8)  # it is asked for every file
+def _real(folder: str) -> Path:
+    return Path(os.path.realpath(folder))
 
 
 def located(location: str | Path) -> Path:
