@@ -38,12 +38,18 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|bare redirect",
         "the bucket is in another region; set AWS_REGION",
     ),
-    ("SlowDown|TooManyRequests|Throttl|status code: (503|429)", "the server asks for fewer requests and went on doing so"),
+    (
+        "SlowDown|TooManyRequests|Throttl|status code: (503|429)",
+        "the server asks for fewer requests and went on doing so",
+    ),
     (
         "Unauthenticated|metadata service|instance metadata|169\\.254|Missing.*credential|credential",
         "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role",
     ),
-    ("AccessDenied|status code: 403|Permission", "the credentials do not allow it; grant reading, listing and writing there"),
+    (
+        "AccessDenied|status code: 403|Permission",
+        "the credentials do not allow it; grant reading, listing and writing there",
+    ),
     (
         "error sending request|dns error|[Cc]onnect|timed out|operation timed",
         "the server does not answer; look at the network, and at AWS_ENDPOINT_URL where it is set",
