@@ -17,12 +17,10 @@ import pytest
 # A suite that was started in the background or by nohup ignores these, and so would every command that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# An example may take long because another test has the core. With `--hypothesis-profile default` there are 100 of each.
-hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)
+# An example may take long because another test has the core.
+hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
-# Read when torch loads, also by commands. Threads of several tests share the cores: one that waits for others and spins
-# takes their time, up to forty times what it computes.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 
 def pytest_configure(config):

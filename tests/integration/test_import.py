@@ -52,7 +52,8 @@ def write_days(folder, dtype=np.int32):
     for day, (labels, dense, sparse) in enumerate(days):
         np.save(folder / f"day_{day}_labels.npy", labels)
         np.save(folder / f"day_{day}_dense.npy", dense)
-        np.save(folder / f"day_{day}_sparse.npy", sparse.astype(dtype))
+        by_column = np.asfortranarray(sparse.astype(dtype))  # as NumPy saves a transposed array
+        np.save(folder / f"day_{day}_sparse.npy", by_column if day else sparse.astype(dtype))
     return days
 
 

@@ -100,12 +100,12 @@ def test_a_log_that_was_learnt_from_changes_nothing(copied, logs):
 def test_a_log_that_is_still_written_is_refused(copied, logs, monkeypatch, tmp_path):
     log = shutil.copy(logs[3], tmp_path / "today.tsv")
 
-    def read_and_write(path):
+    def write_and_open(path):
         with path.open("a") as file:
             file.write("1\n")
-        return "0" * 64
+        return path.open("rb")
 
-    monkeypatch.setattr("torchdlrm.live.logs.sha256_of", read_and_write)
+    monkeypatch.setattr("torchdlrm.live.logs.open_to_read", write_and_open)
     with pytest.raises(LogError, match=r"today\.tsv: the file changed while it was read"):
         preview_advance(copied, log)
 

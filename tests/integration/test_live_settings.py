@@ -86,7 +86,7 @@ def test_a_changed_config_is_kept_when_the_period_is_complete(copied, logs, tmp_
     ],
 )
 def test_what_a_complete_step_has_read_may_not_be_changed(done, settings, config, said, copied, logs, monkeypatch):
-    after = {"preprocess": "_learn", "learn": "_export", "check": "_publish"}[done]
+    after = {"preprocess": "learn", "learn": "_export", "check": "_publish"}[done]
     with monkeypatch.context() as patched:
         patched.setattr(_Period, after, stop)
         with pytest.raises(ZeroDivisionError):

@@ -37,38 +37,45 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class _Stored:
-    """An array in a file, row after row from a byte on."""
+    """An array in a file from a byte on, row after row, or column after column (Fortran order)."""
 
     path: Path
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     first_byte: int = 0
+    is_by_column: bool = False
 
     @classmethod
     def after_header(cls, path: Path, raw: BinaryIO) -> "_Stored":
         """That of a NumPy file, or of a member of an archive, which begins where `raw` stands."""
         version = npy_format.read_magic(raw)
         header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, is_turned, dtype = header(raw)
+        shape, is_by_column, dtype = header(raw)
         first_byte = raw.tell()
-        if dtype.hasobject or (is_turned and len(shape) > 1):
-            raise ValueError("it is no array of numbers, row after row (in C order)")
+        if dtype.hasobject:
+            raise ValueError("it is no array of numbers")
         if raw.seek(0, os.SEEK_END) < first_byte + math.prod(shape) * dtype.itemsize:
             raise ValueError("it is cut off")
-        return cls(path, dtype, shape, first_byte)
+        return cls(path, dtype, shape, first_byte, is_by_column and len(shape) == 2)
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def rows(self, start: int, end: int) -> _Array:
-        size_bytes = (min(end, self.shape[0]) - start) * self.row_bytes
+        end = max(start, min(end, self.shape[0]))
+        width = math.prod(self.shape[1:])
+        # Of an array by columns a piece of each, else one piece.
+        pieces = [(column * self.shape[0] + start, end - start) for column in range(width)]
+        pieces = pieces if self.is_by_column else [(start * width, (end - start) * width)]
         content = b""
-        if size_bytes:
+        if end > start:
             with open_to_read(self.path) as raw:
-                raw.seek(self.first_byte + start * self.row_bytes)
-                content = raw.read(size_bytes)
-        return np.frombuffer(content, self.dtype).reshape(-1, math.prod(self.shape[1:]))
+                for first, count in pieces:
+                    raw.seek(self.first_byte + first * self.dtype.itemsize)
+                    content += raw.read(count * self.dtype.itemsize)
+        values = np.frombuffer(content, self.dtype)
+        return values.reshape(width, -1).T if self.is_by_column else values.reshape(-1, width)
 
 
 class _Arrays(TableFormat):
