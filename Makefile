@@ -17,7 +17,7 @@ PRETENDED := .venv-pretended-gpu
 # uv installs everything by one command and several times as fast; PIP_FLAGS are pip's.
 UV ?= $(if $(PIP_FLAGS),,$(shell command -v uv))
 
-.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site lock check-install release clean help
+.PHONY: install quickstart test test-fast test-thorough test-pretended-gpu gpu-check check format docs site lock check-install release clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,12 +46,15 @@ endif
 quickstart: $(INSTALLED)  ## train and evaluate a DLRM on a synthetic click log, in minutes
 	$(BIN)/dlrm quickstart
 
-test: $(INSTALLED)  ## run all tests on up to four cores (VERSIONS=newest: with the newest torch, in .venv-newest)
+test: $(INSTALLED)  ## run the tests on up to four cores (VERSIONS=newest: with the newest torch, in .venv-newest)
 	@$(BIN)/python -m compileall -q src  # else each of a thousand processes does, where Python may not write bytecode
 	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## run the unit tests without the slow ones
-	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile -p no:schemathesis tests/unit tests/test_architecture.py -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile -p no:schemathesis tests/unit tests/test_architecture.py -m "not slow and not thorough"
+
+test-thorough: $(INSTALLED)  ## run the tests that `make test` leaves out because they take long: before a release
+	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile -m thorough
 
 test-pretended-gpu: $(PRETENDED)/.installed  ## run all host code of GPUs without one: needs gcc and 8 GB for the CUDA builds
 	PRETENDED_GPUS=8 $(PRETENDED)/bin/python tests/pretended_gpu/libraries.py \

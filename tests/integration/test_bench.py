@@ -13,7 +13,7 @@ from torchdlrm.bench.interleaved import busy_processes
 STEP = ("bench", "step", "criteo-small", "--rounds", 1, "--num-tables", 2, "--rows-per-table", 100, "--json")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_step_is_timed_beside_others_and_by_part_while_the_machine_is_busy(dlrm):
     done = dlrm(*STEP, "--steps-per-round", 2, "--busy", 1, "--parts", timeout_s=600)
     assert done.returncode == 0, done.stderr

@@ -90,7 +90,7 @@ def is_asked_to_stop(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["process", "machine"])
+@pytest.mark.parametrize("lost", ["process", pytest.param("machine", marks=pytest.mark.thorough)])
 def test_a_job_that_was_begun_with_restart_goes_on_when_a_process_or_a_machine_is_replaced(
     lost, small_dataset, tmp_path, dlrm
 ):

@@ -57,7 +57,7 @@ def test_uv_installs_where_it_is_there_and_pip_where_pip_is_given_flags(settings
     assert ("uv sync" in said) != ("pip install" in said)
 
 
-@pytest.mark.parametrize("num_gpus", [0, 2])
+@pytest.mark.parametrize("num_gpus", [pytest.param(0, marks=pytest.mark.thorough), 2])
 def test_the_report_has_all_three_and_measures_one_gpu_and_all(num_gpus, gpu_check, monkeypatch, tmp_path, capsys):
     """With a `dlrm` that says what is asked of it; without a GPU the tests are the real ones, which skip."""
     device = f"{num_gpus} x cuda (--nproc-per-node {num_gpus})" if num_gpus else "cpu"

@@ -36,7 +36,7 @@ def test_many_tables_on_64_devices_take_the_minute_and_the_4_gb_of_1000_at_most_
     assert peak_bytes < 4e9 * NUM_TABLES / 1000
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_plan_does_not_hang_on_the_order_of_sets_of_strings():
     code = f"{SET_UP}\nprint(solve(problem(random_tables(12, 1), devices=4, hosts=2)).layout)"
     other = {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}

@@ -154,7 +154,11 @@ def test_a_job_killed_once_in_every_phase_ends_with_the_same_bytes(log, schema_f
 
 @pytest.mark.parametrize(
     ("resources", "chunk_bytes"),
-    [(Resources(workers=1), 900), (Resources(workers=3, memory_bytes=400 << 20), None), (Resources(workers=2), 7777)],
+    [
+        pytest.param(Resources(workers=1), 900, marks=pytest.mark.thorough),
+        (Resources(workers=3, memory_bytes=400 << 20), None),
+        (Resources(workers=2), 7777),
+    ],
 )
 def test_the_bytes_do_not_depend_on_workers_memory_and_chunks(log, uninterrupted, tmp_path, resources, chunk_bytes):
     preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS, chunk_bytes=chunk_bytes, resources=resources)

@@ -346,7 +346,7 @@ def test_logged_predictions_are_a_log_to_preprocess(serve, small_bundle, rows, t
     assert sum(split.rows for split in dataset.manifest.splits.values()) == 50
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_while_no_file_can_be_written_predictions_go_on_and_no_row_is_lost_uncounted(
     serve, small_bundle, rows, tmp_path
 ):

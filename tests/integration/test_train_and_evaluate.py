@@ -157,7 +157,7 @@ def test_help_takes_less_than_half_a_second():
     assert min(times_s) < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_real_rows_reach_the_stated_auc_with_every_seed(dlrm, tmp_path):
     """Mean AUC over five seeds at least 0.750, the worst within 0.005 of it, in one epoch on 16,780 rows."""
     log = real_log("criteo_kaggle_sample.tsv.gz")

@@ -127,7 +127,7 @@ def test_rows_by_every_architecture(serve, interaction_run, small_dataset, small
     assert_no_skew(serve, bundle, interaction_run, small_dataset, log, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "schema"),
     [("criteo_kaggle_sample.tsv.gz", "criteo-bucketed"), ("criteo_1tb_day_0_sample.tsv.gz", "criteo")],

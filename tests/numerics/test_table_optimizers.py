@@ -122,6 +122,7 @@ for name in ("adam", "lamb"):
 """
 
 
+@pytest.mark.thorough
 def test_the_process_that_compiles_the_kernels_computes_the_bytes_of_those_that_load_them(tmp_path):
     here = Path(__file__).parent
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(here.parent)}
