@@ -127,7 +127,8 @@ def by_value(
 ) -> Iterator[list[slice]]:
     """Cut slices that are sorted by value at the same values; one table alone is a fair sample of all."""
     values = [table["value"][start:end] for table, start, end in zip(tables, starts, ends, strict=True)]
-    sample = max(values, key=len).drop_nulls()
+    sample = max((column.drop_nulls() for column in values), key=len)
+    num_pieces = num_pieces if len(sample) else 1  # a null alone
     pivots = [sample[i * len(sample) // num_pieces] for i in range(1, num_pieces)]
     # A null sorts first and takes one place.
     edges = [

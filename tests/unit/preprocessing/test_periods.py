@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from helpers.period_reference import Vocabulary, next_period
 from helpers.vocabularies import next_vocabulary
+from torchdlrm.preprocessing.count import by_value
 
 VALUES = st.none() | st.integers(0, 9)
 
@@ -62,3 +63,13 @@ def test_tables_stay_bounded_on_a_log_without_end(rules, tmp_path):
     assert before[1]["num_embeddings"] <= rules.get("max_embeddings", max(alive) + 1)
     assert len(set().union(*seen)) > 3 * before[1]["num_embeddings"]
     assert before[1]["num_values"] <= before[1]["num_embeddings"] - 1
+
+
+def test_values_are_cut_where_a_null_is_the_longest_table():
+    """One value in each table, of which the first has the null: it is no sample of the others."""
+    types = {"value": pl.String, "count": pl.Int64}
+    tables = [pl.DataFrame({"value": [value], "count": [1]}, schema=types) for value in (None, "b", "a")]
+    cuts = [*by_value(tables, [0, 0, 0], [1, 1, 1], 2)]
+    found = [[table["value"][rows].to_list() for table, rows in zip(tables, cut, strict=True)] for cut in cuts]
+    assert sorted(sum(sum(found, []), []), key=str) == [None, "a", "b"]
+    assert [*by_value(tables[:1], [0], [1], 2)] == [[slice(0, 1)]]
