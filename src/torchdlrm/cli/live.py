@@ -146,9 +146,9 @@ def _training_in(processes: "Processes") -> Callable[..., object]:
     from torchdlrm.training.processes.launch import launch
 
     def train_in_processes(*args: Any, progress: "ProgressListener", **options: Any) -> object:
-        progress.start_phase(f"learn in {processes.world_size} processes", None)  # the first one says how far it is
+        progress.start_phase(f"learn in {processes.world_size} processes", None)  # rank 0 shows progress
         run: Path = args[2]
-        named = replace(processes, rdzv_id="-".join([processes.rdzv_id, *run.parts[-4:]]))  # each run meets anew
+        named = replace(processes, rdzv_id="-".join([processes.rdzv_id, *run.parts[-4:]]))  # a rendezvous for each run
         return launch(drawn, partial(train, *args, **options), processes=named)
 
     return train if processes.world_size == 1 else train_in_processes

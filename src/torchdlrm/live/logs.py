@@ -49,7 +49,7 @@ def find_log(logs: str | Path | Sequence[str | Path]) -> PeriodLog:
 
 
 def watched_logs(prefix: Path, periods: Sequence[PeriodRecord]) -> Iterator[list[Path]]:
-    """The logs under a prefix after the last that a period was of, in the order of names; waits for more for ever.
+    """The logs under a prefix that follow the last period's log, in the order of names; it waits for more without end.
 
     A log is the files of a folder, of an hour or a day, or a file in the prefix itself.  It is complete when a
     file `_SUCCESS` is in the folder, or a later log is there.
