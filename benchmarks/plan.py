@@ -26,6 +26,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 
 from torchdlrm.bench.step import benchmark_step
 from torchdlrm.config import Config, ModelConfig, TableOptimizerConfig, TrainConfig
+from torchdlrm.features.tables import feature_tables, features_of_sizes
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.constraints import table_constraints
@@ -107,7 +108,9 @@ def search(*, with_default: bool) -> list[dict[str, Any]]:
 def predicted_ms(config: Config, num_embeddings: dict[str, int], ranks: Ranks) -> float:
     """The step time that `dlrm plan --measure` predicts."""
     machine = local_machine(config.sharding, world_size=1, local_world_size=1, device=ranks.device)
-    problem = Problem.of(config, tables_of_model(config.model, num_embeddings), machine)
+    problem = Problem.of(
+        config, tables_of_model(feature_tables(config.model, features_of_sizes(num_embeddings))), machine
+    )
     return solve(measure(problem, config, ranks).apply(problem)).step_ms
 
 

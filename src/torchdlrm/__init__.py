@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
+    from torchdlrm.features.tables import Feature as Feature
     from torchdlrm.insight.importance import importance as importance
     from torchdlrm.judged import Judged as Judged
     from torchdlrm.judging.comparison import Comparison as Comparison
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from torchdlrm.loader.loader import Loader as Loader
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
-    from torchdlrm.model.architecture import Feature as Feature
     from torchdlrm.model.batch_norm import GlobalBatchNorm1d as GlobalBatchNorm1d
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
@@ -79,6 +79,7 @@ _NAMES_OF = {
     "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
+    "features.tables": ("Feature",),
     "insight.importance": ("importance",),
     "judged": ("Judged",),
     "judging.comparison": ("Comparison",),
@@ -90,7 +91,6 @@ _NAMES_OF = {
     "live.settings": ("ExportSettings", "GateSettings", "LiveSettings"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
-    "model.architecture": ("Feature",),
     "model.batch_norm": ("GlobalBatchNorm1d",),
     "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "SparseArch"),
     "model.dropout": ("DroppedActivation",),

@@ -17,7 +17,6 @@ def evaluated(run, dataset, split):
         model = build_sharded_model(
             run.config,
             run.shape(dataset),
-            num_embeddings=dataset.num_embeddings,
             dense_sample=None,
             ranks=ranks,
         ).module
@@ -27,7 +26,8 @@ def evaluated(run, dataset, split):
         model.eval()
         with torch.no_grad():
             logits = [
-                model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500, model=run.config.model)
+                model(batch)[1][1]
+                for batch in Loader(dataset, split, batch_size_global=500, tables=run.shape(dataset).tables)
             ]
     return torch.cat(logits).sigmoid().numpy()
 

@@ -6,6 +6,7 @@ import torch
 from torchdlrm.bench.competitors import Case
 from torchdlrm.bench.step import REST, WHOLE, measure_parts
 from torchdlrm.config import Config, ModelConfig, TrainConfig
+from torchdlrm.features.tables import feature_tables, features_of_sizes
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.problem import Problem
@@ -33,7 +34,9 @@ def test_a_plan_measures_what_trains():
         keep_freed_memory()
         case = Case(CONFIG, NUM_EMBEDDINGS, dtype=choose_precision(CONFIG, shape, ranks.device).dtype)
         machine = local_machine(CONFIG.sharding, world_size=1, local_world_size=1, device=ranks.device)
-        problem = Problem.of(CONFIG, tables_of_model(CONFIG.model, NUM_EMBEDDINGS), machine)
+        problem = Problem.of(
+            CONFIG, tables_of_model(feature_tables(CONFIG.model, features_of_sizes(NUM_EMBEDDINGS))), machine
+        )
         while len(seen) < NUM_TRIES and not (seen and all(1 / 1.5 < ratio < 1.5 for ratio in seen[-1])):
             found = measure(problem, CONFIG, ranks)
             parts = measure_parts(case, num_steps=10, nproc=1)

@@ -124,7 +124,7 @@ def expected(trained, small_dataset):
     frame = bundle.sample()[0].head(50)
     rows = EncodedRows.from_frame(encode(frame, bundle.schema, bundle.dense, bundle.vocabularies), bundle.schema)
     shape = run.shape(small_dataset, trained.model_class)
-    model = CheckpointModel(open_checkpoint(run, "best")[1], shape, small_dataset.num_embeddings)
+    model = CheckpointModel(open_checkpoint(run, "best")[1], shape)
     return frame, 1 / (1 + np.exp(-model.logits(rows).astype(np.float64)))
 
 
@@ -263,7 +263,7 @@ def test_what_is_served_in_bfloat16_is_what_autocast_computes_but_for_the_last_l
     encoded = encode(expected[0], bundle.schema, bundle.dense, bundle.vocabularies)
     rows = EncodedRows.from_frame(encoded, bundle.schema)
     shape = Run.open(trained.run).shape(small_dataset, trained.model_class)
-    model = CheckpointModel(open_checkpoint(Run.open(trained.run), "best")[1], shape, small_dataset.num_embeddings)
+    model = CheckpointModel(open_checkpoint(Run.open(trained.run), "best")[1], shape)
     inputs = []
     last = model._model.module.over_arch.model[1]
     last.register_forward_hook(lambda _, given, __: inputs.append(given[0].float()))

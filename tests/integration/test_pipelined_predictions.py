@@ -27,9 +27,7 @@ def loaded(small_run, small_dataset):
     """The model of `small_run`, and its only rank."""
     run = Run.open(small_run)
     with join_process_group() as ranks:
-        model = build_empty_model(
-            run.config, run.shape(small_dataset), num_embeddings=small_dataset.num_embeddings, ranks=ranks
-        )
+        model = build_empty_model(run.config, run.shape(small_dataset), ranks=ranks)
         Checkpointer(run.checkpoints, model, None, ranks).load(67)
         yield model, ranks
 

@@ -9,6 +9,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm import DLRM, InteractionArch
 from torchdlrm.config import load_config
+from torchdlrm.features.tables import features_of_sizes
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.dot import dot_output_size
@@ -129,8 +130,14 @@ def train_all():
 
 def trained(kind, ranks):
     config = load_config(None, SETTINGS)
-    shape = ModelShape(config.model, NUM_DENSE, len(NUM_EMBEDDINGS), architecture_of(config.model, kind))
-    built = build_sharded_model(config, shape, num_embeddings=NUM_EMBEDDINGS, dense_sample=None, ranks=ranks).module
+    shape = ModelShape(
+        config.model,
+        NUM_DENSE,
+        len(NUM_EMBEDDINGS),
+        architecture_of(config.model, kind),
+        known_features=features_of_sizes(NUM_EMBEDDINGS),
+    )
+    built = build_sharded_model(config, shape, dense_sample=None, ranks=ranks).module
     pipeline = build_pipeline(built, build_optimizer(built, config.dense_optimizer), dtype=torch.float32, ranks=ranks)
     before = whole(built, ranks)
     share = NUM_ROWS // ranks.world_size

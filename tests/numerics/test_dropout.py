@@ -18,7 +18,7 @@ SHAPE = {
 def built(seed, share):
     torch.manual_seed(seed)
     shape = ModelShape(load_config(None, SHAPE).model, 3, 1)
-    return build_model(shape, {"a": 4}, torch.device("cpu"), dropout=share).model
+    return build_model(shape, torch.device("cpu"), dropout=share).model
 
 
 def test_a_share_of_the_units_is_zero_and_the_mean_stays(seed):

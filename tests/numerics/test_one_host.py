@@ -13,6 +13,7 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.config import load_config
+from torchdlrm.features.tables import features_of_sizes
 from torchdlrm.loader.batch import Batch
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables import one_host
@@ -76,8 +77,13 @@ def built(ranks, case):
     config = load_config(None, SETTINGS | settings)
     model = build_sharded_model(
         config,
-        ModelShape(config.model, 13, num_tables, is_weighted=case == "weighted"),
-        num_embeddings=num_embeddings,
+        ModelShape(
+            config.model,
+            13,
+            num_tables,
+            is_weighted=case == "weighted",
+            known_features=features_of_sizes(num_embeddings),
+        ),
         dense_sample=None,
         ranks=ranks,
     ).module

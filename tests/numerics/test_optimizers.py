@@ -61,7 +61,7 @@ def dense_parameters(config, steps, seed):
     """Parameters of the dense part before and after steps with known gradients, and these gradients."""
     torch.manual_seed(seed)
     shape = ModelShape(load_config(None, SMALL).model, 3, 1)
-    model = build_model(shape, {"a": 4}, torch.device("cpu")).model.over_arch
+    model = build_model(shape, torch.device("cpu")).model.over_arch
     model.fused_optimizer = CombinedOptimizer([])
     optimizer = build_optimizer(model, config)
     before = [parameter.detach().double().numpy().copy() for parameter in model.parameters()]
@@ -112,10 +112,10 @@ def test_adamw_and_momentum_follow_their_formulas(seed):
 
 def test_fbgemms_counter_is_the_step_whatever_was_forwarded_before(small_dataset):
     """Adam's bias correction in FBGEMM counts forward passes, also those of a validation, from when it was built."""
-    config, sizes = load_config(None, SMALL), small_dataset.num_embeddings
+    config = load_config(None, SMALL)
     with join_process_group() as ranks:
         shape = ModelShape.of(config.model, small_dataset)
-        model = build_sharded_model(config, shape, num_embeddings=sizes, dense_sample=None, ranks=ranks).module
+        model = build_sharded_model(config, shape, dense_sample=None, ranks=ranks).module
     kernel = next(table_kernels(model))
     forward = partial(SplitTableBatchedEmbeddingBagsCodegen.forward, kernel)  # FBGEMM's, as on GPUs
     offsets = torch.zeros(len(kernel.embedding_specs) + 1, dtype=torch.int64)

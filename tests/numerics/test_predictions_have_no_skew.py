@@ -38,7 +38,7 @@ def by_checkpoint(run, dataset, log, folder):
     files = (file.path for split in ("train", "test") for file in ordered.splits[split].files)
     frame = pl.concat(pl.read_parquet(path) for path in files)
     _, checkpoint = open_checkpoint(Run.open(run), "last")
-    model = CheckpointModel(checkpoint, Run.open(run).shape(dataset), dataset.num_embeddings)
+    model = CheckpointModel(checkpoint, Run.open(run).shape(dataset))
     rows = EncodedRows.from_frame(frame, dataset.schema)
     logits = np.concatenate([model.logits(rows.part(i, i + 2_048)) for i in range(0, rows.num_rows, 2_048)])
     return 1 / (1 + np.exp(-logits.astype(np.float64))), ordered.splits["train"].rows

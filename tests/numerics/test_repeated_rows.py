@@ -41,7 +41,6 @@ def built(small_dataset):
             model = build_sharded_model(
                 config,
                 ModelShape.of(config.model, small_dataset),
-                num_embeddings=small_dataset.num_embeddings,
                 dense_sample=None,
                 ranks=ranks,
             ).module

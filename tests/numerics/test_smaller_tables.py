@@ -178,7 +178,7 @@ def test_the_checkpoint_predicts_as_plain_torch_in_float64_does(run, dataset):
     frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits["test"].files]).head(40)
     rows = EncodedRows.from_frame(frame, dataset.schema)
     reader = CheckpointReader(checkpoint_path(run / "checkpoints", STEPS))
-    got = CheckpointModel(reader, Run.open(run).shape(dataset), dataset.num_embeddings).logits(rows)
+    got = CheckpointModel(reader, Run.open(run).shape(dataset)).logits(rows)
     cells = {name: frame[name].to_list() for name in dataset.sparse_names}
     ids = {name: [cell if isinstance(cell, list) else [cell] for cell in column] for name, column in cells.items()}
     expected = logits_of_plain_torch(weights_after(run, STEPS), torch.from_numpy(rows.dense), ids)
@@ -218,7 +218,7 @@ def test_rounded_tables_are_served_as_the_rounded_checkpoint_predicts(precision,
     frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits["test"].files])
     rows = EncodedRows.from_frame(frame, dataset.schema)
     reader = CheckpointReader(checkpoint_path(run / "checkpoints", exported.checkpoint.step))
-    model = CheckpointModel(reader, Run.open(run).shape(dataset), dataset.num_embeddings)
+    model = CheckpointModel(reader, Run.open(run).shape(dataset))
     precisions = [record.precision for record in exported.bundle.manifest.sparse.values()]
     assert set(precisions) != {"float32"}
     got = ServedModel(exported.bundle, "float32").logits(rows)

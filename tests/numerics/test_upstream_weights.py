@@ -90,7 +90,7 @@ def logits(model, rows, dataset):
 
 def logits_of_run(run, dataset, rows):
     _, checkpoint = open_checkpoint(run, "best")
-    return CheckpointModel(checkpoint, run.shape(dataset), dataset.num_embeddings).logits(rows)
+    return CheckpointModel(checkpoint, run.shape(dataset)).logits(rows)
 
 
 @pytest.mark.parametrize("interaction", ["dot", "dcn", "projection", "dlrm"])

@@ -32,7 +32,7 @@ from torchdlrm.bench.interleaved import Step
 from torchdlrm.config import Config, ModelConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
-from torchdlrm.features.tables import table_name
+from torchdlrm.features.tables import features_of_sizes, table_name
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape
 from torchdlrm.model.loss import DLRMTrain
@@ -71,9 +71,9 @@ class Case:
     @property
     def shape(self) -> ModelShape:
         """Of the model."""
-        config, features = self.config.model, tuple(self.num_embeddings.items())
+        config, features = self.config.model, features_of_sizes(self.num_embeddings)
         architecture = architecture_of(config, self.model_class)
-        return ModelShape(config, NUM_CRITEO_DENSE, len(features), architecture, num_embeddings=features)
+        return ModelShape(config, NUM_CRITEO_DENSE, len(features), architecture, known_features=features)
 
 
 def our_step(ranks: Ranks, case: Case) -> Step:
@@ -92,7 +92,7 @@ def our_pipeline(ranks: Ranks, case: Case) -> TrainPipelineSparseDist:
     keep_freed_memory()
     set_threads(config, shape, ranks)
     allow_tf32(config.train, ranks.device)
-    sharded = build_sharded_model(config, shape, num_embeddings=case.num_embeddings, dense_sample=None, ranks=ranks)
+    sharded = build_sharded_model(config, shape, dense_sample=None, ranks=ranks)
     optimizer = build_optimizer(sharded.module, config.dense_optimizer)
     return build_pipeline(sharded.module, optimizer, dtype=case.dtype, ranks=ranks)
 

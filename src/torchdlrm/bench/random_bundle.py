@@ -27,6 +27,7 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.kinds import hex_digits
 from torchdlrm.features.schema import NUM_CRITEO_DENSE, FeatureSchema
+from torchdlrm.features.tables import features_of_sizes
 from torchdlrm.features.transforms import TRANSFORMS
 from torchdlrm.features.value_index import write_index
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
@@ -44,8 +45,8 @@ class _RandomWeights:
 
     def __init__(self, sizes: dict[str, int], config: ModelConfig) -> None:
         torch.manual_seed(0)
-        shape = ModelShape(config, NUM_CRITEO_DENSE, len(sizes))
-        model = build_model(shape, sizes, torch.device("cpu")).model
+        shape = ModelShape(config, NUM_CRITEO_DENSE, len(sizes), known_features=features_of_sizes(sizes))
+        model = build_model(shape, torch.device("cpu")).model
         self._weights = model.state_dict()
         self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
 

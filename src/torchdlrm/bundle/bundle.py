@@ -104,7 +104,7 @@ class Bundle:
         self.weights = weights
         for table in manifest.tables:
             dtype, width = TABLE_PRECISIONS[manifest.sparse[table.feature].precision].stored_rows(table.dim)
-            self.weights.require(table_weight(table.key), dtype, (table.rows, width), bytes_behind=PADDING_BYTES)
+            self.weights.require(table_weight(table.table_key), dtype, (table.rows, width), bytes_behind=PADDING_BYTES)
 
     @classmethod
     def open(
@@ -222,8 +222,7 @@ class Bundle:
             len(self.manifest.sparse),
             self.architecture,
             is_weighted=self.schema.has_value_weights,
-            num_embeddings=tuple((name, record.num_embeddings) for name, record in self.manifest.sparse.items()),
-            multi_valued=frozenset(column.name for column in self.schema.sparse if column.is_multi_valued),
+            known_features=self.manifest.features,
         )
 
     @property
@@ -284,7 +283,7 @@ class Bundle:
 
     def _require_all_but_tables(self) -> None:
         """Check the blocks of the header and of the small tensors."""
-        tables = {PADDING_NAME, *(table_weight(table.key) for table in self.manifest.tables)}
+        tables = {PADDING_NAME, *(table_weight(table.table_key) for table in self.manifest.tables)}
         header_end = min((self.weights.span(name)[0] for name in self.weights.shapes), default=0)
         spans = [(0, header_end)] + [self.weights.span(name) for name in self.weights.shapes if name not in tables]
         touched = np.zeros(self.verifier.num_blocks, np.bool_)

@@ -53,7 +53,7 @@ def write_changes(
         progress: receives the bytes compared.
     """
     ours, theirs = MappedWeights(base / WEIGHTS_NAME), MappedWeights(result / WEIGHTS_NAME)
-    tables = {table_weight(table.key) for table in manifest.tables}
+    tables = {table_weight(table.table_key) for table in manifest.tables}
     pieces: list[int | TableRecipe] = []
     progress.start_phase("compare", len(theirs.data), unit="bytes")
     # Read as files: of mappings, which are for lookups here and there, the pages would become resident.

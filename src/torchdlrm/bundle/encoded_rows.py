@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.features.tables import split_ids
+from torchdlrm.features.tables import FeatureTable, from_the_end
 
 # The ids of all rows one after the other, and where each row's begin: int32 or int64 [values], [B + 1].
 Bags = tuple[NDArray[Any], NDArray[Any]]
@@ -66,27 +66,22 @@ class EncodedRows:
             ids_FB[index] = frame[feature.name].to_numpy()
         return cls(dense, ids_FB)
 
-    def split(self, divisors: Sequence[int | None]) -> Self:
-        """The same rows with ids for each table; F divisors as `features.tables.divisors` has them."""
-        if not any(divisors):
+    def of_keys(self, sources: Sequence[tuple[int, FeatureTable]] | None) -> Self:
+        """The same rows with ids for each key; from `features.tables.sources`."""
+        if sources is None:
             return self
-        pairs = zip(self.sparse, divisors, strict=True)
-        if isinstance(self.sparse, tuple):
-            bags = tuple((part, offsets) for (ids, offsets), by in pairs for part in split_ids(ids, by))
-            if self.weights is None:
-                return type(self)(self.dense, bags)
-            both = zip(self.weights, divisors, strict=True)
-            return type(self)(self.dense, bags, tuple(own for own, by in both for _ in range(1 if by is None else 2)))
-        return type(self)(self.dense, np.stack([part for ids, by in pairs for part in split_ids(ids, by)]))
-
-    def select(self, order: Sequence[int]) -> Self:
-        """The same rows with the ids of some features or tables, in this order."""
-        if list(order) == list(range(len(self.sparse))):
-            return self
-        if isinstance(self.sparse, tuple):
-            weights = None if self.weights is None else tuple(self.weights[place] for place in order)
-            return type(self)(self.dense, tuple(self.sparse[place] for place in order), weights)
-        return type(self)(self.dense, self.sparse[order])
+        if not isinstance(self.sparse, tuple):
+            return type(self)(self.dense, np.stack([table.ids(self.sparse[place]) for place, table in sources]))
+        bags, weights = [], []
+        for place, table in sources:
+            ids, offsets = self.sparse[place]
+            own = None if self.weights is None else self.weights[place]
+            if table.position is not None:
+                places, offsets = from_the_end(offsets, table.position)
+                ids, own = ids[places], None if own is None else own[places]
+            bags.append((table.ids(ids), offsets))
+            weights.append(own)
+        return type(self)(self.dense, tuple(bags), None if self.weights is None else tuple(weights))
 
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""

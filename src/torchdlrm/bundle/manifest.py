@@ -12,7 +12,7 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import in_one_list, in_sections
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
-from torchdlrm.features.tables import FeatureTable, check_features, feature_tables
+from torchdlrm.features.tables import Feature, FeatureTable, check_features, feature_tables, sparse_features
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.folders import KindName, wrong_folder
@@ -321,11 +321,9 @@ class BundleManifest(SealedJson):
             raise ValueError(msg)
         if smaller := model.feature_problems():
             raise ValueError(smaller[0])
-        num_embeddings = {name: record.num_embeddings for name, record in self.sparse.items()}
-        multi_valued = [column.name for column in schema.sparse if column.is_multi_valued]
-        check_features(model, num_embeddings, multi_valued)
+        check_features(model, self.features)
         by = self.recalibrated[1]
-        if by is not None and (by not in self.sparse or by in multi_valued):
+        if by is not None and by not in {feature.name for feature in self.features if not feature.is_multi_valued}:
             msg = f"recalibration: by {by}, which is no sparse feature of one value"
             raise ValueError(msg)
         return self
@@ -344,9 +342,14 @@ class BundleManifest(SealedJson):
             raise BundleError(msg)
 
     @property
+    def features(self) -> tuple[Feature, ...]:
+        """The sparse features."""
+        return sparse_features(self.feature_schema, {name: of.num_embeddings for name, of in self.sparse.items()})
+
+    @property
     def tables(self) -> list[FeatureTable]:
-        """The tables of all features."""
-        return feature_tables(self.model, {name: record.num_embeddings for name, record in self.sparse.items()})
+        """What is looked up for the features, key by key."""
+        return feature_tables(self.model, self.features)
 
     @property
     def recalibrated(self) -> tuple[RecalibrationMethod | None, str | None]:

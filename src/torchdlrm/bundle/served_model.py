@@ -25,7 +25,7 @@ from torchdlrm.bundle.table_lookup import TableLookup
 from torchdlrm.bundle.weights_file import PADDING_NAME
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import BundleError
-from torchdlrm.features.tables import divisors
+from torchdlrm.features.tables import sources
 from torchdlrm.model import table_weight
 from torchdlrm.model.precision import Precision, precision_of_processor
 from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
@@ -139,11 +139,10 @@ def _eager_forward(bundle: Bundle, precision: Precision) -> tuple[Forward, Preci
     """The model's own forward, in which bfloat16 is autocast as in training; and what it computes in."""
     from torchdlrm.model.eager import EagerModel  # noqa: PLC0415 - with TorchRec, which the fast path can do without
 
-    num_embeddings = {feature: record.num_embeddings for feature, record in bundle.manifest.sparse.items()}
-    model = EagerModel(bundle.shape, num_embeddings)
-    lookup = TableLookup(bundle, torch.float32, len(num_embeddings) + 1)
-    tables = {table_weight(table.key) for table in model.tables}
-    by_table = divisors(bundle.manifest.model, list(num_embeddings))
+    model = EagerModel(bundle.shape)
+    lookup = TableLookup(bundle, torch.float32, len(bundle.manifest.sparse) + 1)
+    tables = {table_weight(table.table_key) for table in model.tables}
+    of_keys = sources(model.tables, list(bundle.manifest.sparse))
     shapes = {name: shape for name, shape in model.weight_shapes.items() if name not in tables}
     left = bundle.weights.shapes.keys() - model.weight_shapes.keys() - {PADDING_NAME}
     if left:
@@ -156,7 +155,7 @@ def _eager_forward(bundle: Bundle, precision: Precision) -> tuple[Forward, Preci
     is_bfloat16 = precision.dtype == torch.bfloat16
 
     def forward(rows: EncodedRows) -> Tensor:
-        ids, lengths, weights = rows.split(by_table).flat()
+        ids, lengths, weights = rows.of_keys(of_keys).flat()
         dense_BI = torch.from_numpy(np.ascontiguousarray(rows.dense))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bfloat16):
             return model.logits(

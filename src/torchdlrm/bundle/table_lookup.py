@@ -5,8 +5,8 @@ EmbeddingBagCollection stands.  It takes one buffer for all tables and an offset
 file itself, so nothing is copied and only the pages of the rows that are asked for are touched; of weights that a delta
 has changed in memory it is their address range.
 
-B rows, F sparse features, T tables (F, or more where a feature has two: then R are of remainders), D embedding
-dimension, M slots for vectors (F + 1, or one more).
+B rows, F sparse features, T keys (F, or more where a feature has several: R of them are no feature's vector), D
+embedding dimension, M slots for vectors (F + 1, or one more).
 """
 
 from itertools import accumulate
@@ -26,7 +26,7 @@ from torchdlrm.bundle.patched_weights import PatchedWeights
 from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.tables import FeatureTable, divisors
+from torchdlrm.features.tables import FeatureTable, sources
 from torchdlrm.model import projection_weight, table_weight
 
 # Of which the kernel wants to know the widest table.
@@ -52,15 +52,13 @@ class TableLookup:
         self._verifier = bundle.verifier
         self._num_rows = np.array([record.num_embeddings for record in features.values()])
         self._names, self._dim, self._dtype = list(features), dim, dtype
-        self._divisors = divisors(bundle.manifest.model, self._names)
-        # Where their ids are among those of rows that were split: the first table of each feature, in the order of the
-        # slots, then remainders.
+        # What features' vectors begin with, in the order of the slots, then remainders and the like.
         of_all = bundle.manifest.tables
-        self._order = sorted(range(len(of_all)), key=lambda place: of_all[place].is_remainder)
-        tables = [of_all[place] for place in self._order]
+        tables = sorted(of_all, key=lambda table: not table.is_vector)
+        self._sources = sources(tables, self._names)
         stored = (TABLE_PRECISIONS[features[table.feature].precision] for table in tables)
         types_T = [SparseType[precision.fbgemm_name].as_int() for precision in stored]
-        names = [table_weight(table.key) for table in tables]
+        names = [table_weight(table.table_key) for table in tables]
         self._places = [bundle.weights.place(name) for name in names]
         self._numbers = bundle.weights.numbers(names) if isinstance(bundle.weights, PatchedWeights) else None
         # What the kernel sees: where a table begins in the buffer, its type, its dimension, whether it has ids. Of what
@@ -68,18 +66,14 @@ class TableLookup:
         # behind. Otherwise the embeddings would have to be copied once more to make room.
         starts_T = [place.start for place in self._places]
         no_ids = (starts_T[0], types_T[0])
-        seen = [(*no_ids, dim, False)]
+        names_of_slots = ["", *self._names, *range(num_slots - len(features) - 1)]
+        slots = {name: [(*no_ids, dim, False)] for name in names_of_slots}
+        assert len(slots) == num_slots, num_slots
+        slot_of = {table.key: table.feature if table.is_vector else table.key for table in tables}
         for start, kind, table in zip(starts_T, types_T, tables, strict=True):
-            if table.is_remainder:
-                continue
-            seen.append((start, kind, table.dim, True))
-            seen += [(*no_ids, dim - table.dim, False)] * (table.dim < dim)
-        num_behind = num_slots - len(features) - 1
-        assert num_behind >= 0, num_slots
-        seen += [(*no_ids, dim, False)] * num_behind
-        for start, kind, table in zip(starts_T, types_T, tables, strict=True):
-            if table.is_remainder:
-                seen.append((start, kind, dim, True))
+            rest = [(*no_ids, dim - table.dim, False)] * (table.dim < dim)
+            slots[slot_of[table.key]] = [(start, kind, table.dim, True), *rest]
+        seen = [part for parts in slots.values() for part in parts]
         starts, types, dims, has_ids = (list(column) for column in zip(*seen, strict=True))
         self._num_slots, self._has_ids = num_slots, np.array(has_ids)
         self._tables = (
@@ -96,18 +90,15 @@ class TableLookup:
             ),
         )
         self._offsets: dict[int, Tensor] = {}
-        slot_of = {name: slot for slot, name in enumerate(self._names, start=1)}
-        remainders = [table for table in tables if table.is_remainder]
-        # Of all tables in the order of the manifest: the slot, behind which there are those of remainders, and how much
-        # of it is theirs.
-        behind = {table.key: slot for slot, table in enumerate(remainders, start=num_slots)}
-        self._pooled = [(behind.get(table.key, slot_of[table.feature]), table.dim) for table in of_all]
+        # Of all keys in the order of the manifest: the slot, behind which there are those of remainders and the like,
+        # and how much of it is theirs.
+        number = {name: place for place, name in enumerate(slots)}
+        place = {key: number[name] for key, name in slot_of.items()}
+        self._pooled = [(place[table.key], table.dim) for table in of_all]
         self._projections = [
-            (slot_of[table.feature], table.dim, _projection(bundle, table).to(dtype))
-            for table in tables
-            if table.dim < dim
+            (place[table.key], table.dim, _projection(bundle, table).to(dtype)) for table in tables if table.dim < dim
         ]
-        self._pairs = [(slot_of[table.feature], behind[table.key], table.combination) for table in remainders]
+        self._pairs = [(number[t.feature], place[t.key], t.combination) for t in tables if t.is_remainder]
 
     def __call__(self, rows: EncodedRows) -> Tensor:
         """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.dlrm.SparseArch` has it.
@@ -131,9 +122,9 @@ class TableLookup:
         return torch.cat([vectors[:, slot, :dim] for slot, dim in self._pooled], dim=1)
 
     def _look_up(self, rows: EncodedRows) -> Tensor:
-        """[B, M + R, D]: the slots, and behind them the rows of R tables of remainders."""
+        """[B, M + R, D]: the slots, and behind them what the R keys of remainders and the like look up."""
         self._check(rows)
-        by_table = rows.split(self._divisors).select(self._order)
+        by_table = rows.of_keys(self._sources)
         ids, offsets = self._flat(by_table)
         weights = by_table.flat_weights()
         vectors: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
@@ -201,6 +192,6 @@ class TableLookup:
 
 def _projection(bundle: Bundle, table: FeatureTable) -> Tensor:
     """What maps rows of a smaller table to D: [D, dim]."""
-    name = projection_weight(table.key)
+    name = projection_weight(table.table_key)
     bundle.weights.require(name, "F32", (table.vector_dim, table.dim))
     return bundle.weights.tensor(name)

@@ -134,7 +134,7 @@ def show_bundle(folder: Path, *, as_json: bool) -> None:
     rows = []
     for name, record in manifest.sparse.items():
         mine = [table for table in manifest.tables if table.feature == name]
-        spans = [bundle.weights.span(table_weight(table.key)) for table in mine]
+        spans = [bundle.weights.span(table_weight(table.table_key)) for table in mine]
         known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
         rows.append(
             {

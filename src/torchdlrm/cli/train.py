@@ -25,7 +25,6 @@ from torchdlrm.cli.terminal import (
 )
 from torchdlrm.config import about_config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
-from torchdlrm.features.tables import divisors
 from torchdlrm.folders import expect, kind_of
 from torchdlrm.versions import find_installed_misfit
 
@@ -232,9 +231,8 @@ def preview_lines(preview: "TrainingPreview") -> Iterator[str]:
 def _resets(preview: "TrainingPreview") -> str:
     """How many ids stand for other values now; in two tables of a feature, several ids share a row."""
     assert preview.source is not None
-    num_reset = preview.source.num_reset
-    divided = zip(num_reset, divisors(preview.config.model, [*num_reset]), strict=True)
-    shared = [name for name, divisor in divided if divisor is not None]
+    num_reset, chosen = preview.source.num_reset, preview.config.model.features
+    shared = [name for name in num_reset if name in chosen and chosen[name].quotient_remainder is not None]
     num_ids = sum(found for name, found in num_reset.items() if name not in shared)
     fresh = f"; {num_ids:,} ids of other values start with fresh rows" if num_ids else ""
     return fresh + (f"; not those of {', '.join(shared)}, which share rows with other ids" if shared else "")

@@ -100,7 +100,7 @@ def predict_split(
         return {**settings_of(config, dataset, shape.architecture, restart=False), **ours}
 
     with join_process_group(config.train.timeout_s, describe, device=asked.device, setting="`device`") as ranks:
-        model = build_empty_model(config, shape, num_embeddings=dataset.num_embeddings, ranks=ranks)
+        model = build_empty_model(config, shape, ranks=ranks)
         chosen = find_checkpoint(run.checkpoints, asked.checkpoint)
         Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
         loaders = [
@@ -110,7 +110,7 @@ def predict_split(
                 batch_size_global=asked.batch_size_global,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
-                model=config.model,
+                tables=shape.tables,
                 pin_memory=ranks.device.type == "cuda",
                 all_gather=ranks.all_gather,
             )

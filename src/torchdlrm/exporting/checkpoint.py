@@ -8,7 +8,7 @@ throughout.
 B rows, F sparse features, D embedding dimension.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -20,7 +20,7 @@ from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.write import as_looked_up
 from torchdlrm.errors import RunError
-from torchdlrm.features.tables import divisors, split_ids
+from torchdlrm.features.tables import FeatureTable, sources
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
@@ -37,12 +37,13 @@ class CheckpointModel:
         RunError: its tensors are not those of the model.
     """
 
-    def __init__(self, checkpoint: CheckpointReader, shape: ModelShape, num_embeddings: Mapping[str, int]) -> None:
+    def __init__(self, checkpoint: CheckpointReader, shape: ModelShape) -> None:
         self._checkpoint = checkpoint
-        self._model = EagerModel(shape, num_embeddings)
+        self._model = EagerModel(shape)
         self.tables = self._model.tables
-        self._features, self._divisors = list(num_embeddings), divisors(shape.config, list(num_embeddings))
-        weights = {table_weight(table.key) for table in self.tables}
+        self._features = [feature.name for feature in shape.features]
+        self._sources = sources(self.tables, self._features)
+        weights = {table_weight(table.table_key) for table in self.tables}
         if checkpoint.shapes != self._model.weight_shapes:
             wrong = sorted(dict(checkpoint.shapes.items() ^ self._model.weight_shapes.items()))
             msg = (
@@ -63,7 +64,7 @@ class CheckpointModel:
 
     def logits_of(self, rows: EncodedRows, pooled: Tensor) -> NDArray[np.float32]:
         """The log-odds of rows whose embeddings were looked up before: float32 [B]."""
-        ids, lengths, weights = rows.split(self._divisors).flat()
+        ids, lengths, weights = rows.of_keys(self._sources).flat()
         with torch.inference_mode():
             logits_B: NDArray[np.float32] = self._model.logits(
                 torch.from_numpy(rows.dense), torch.from_numpy(ids), torch.from_numpy(lengths), pooled, weights
@@ -89,14 +90,18 @@ class CheckpointModel:
             feature: its position in the schema.
             precision: that rows of the table are rounded to before they are added up.
         """
-        sparse = rows.sparse[feature]
+        keys = [(feature, table) for table in self.tables if table.feature == self._features[feature]]
+        of_keys = rows.of_keys(keys)
+        return torch.cat([self._sums(of_keys, place, keys[place][1], precision) for place in range(len(keys))], dim=1)
+
+    def _sums(self, rows: EncodedRows, place: int, table: FeatureTable, precision: TablePrecision) -> Tensor:
+        """The sums of the rows of a table: [B, its dimension]; `place` is that of the key in rows of keys."""
+        sparse = rows.sparse[place]
         ids, offsets = sparse if isinstance(sparse, tuple) else (sparse, None)
-        names = [table_weight(table.key) for table in self.tables if table.feature == self._features[feature]]
-        parts = zip(names, split_ids(ids, self._divisors[feature]), strict=True)
-        found = torch.cat([as_looked_up(self._checkpoint.gather(name, part), precision) for name, part in parts], dim=1)
+        found = as_looked_up(self._checkpoint.gather(table_weight(table.table_key), ids), precision)
         if offsets is None:
             return found
-        weights = None if rows.weights is None else rows.weights[feature]
+        weights = None if rows.weights is None else rows.weights[place]
         if weights is not None:
             found *= torch.from_numpy(weights.copy())[:, None]
         bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))

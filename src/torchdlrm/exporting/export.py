@@ -180,7 +180,7 @@ def _export(
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
-    model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
+    model = CheckpointModel(checkpoint, shape)
     if options.precision == "auto":
         with reported(shape.architecture):
             search = _search(model, dataset, options, progress)
@@ -188,7 +188,7 @@ def _export(
     else:
         search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
     dense_precision, reason = _dense_precision(shape, options, precisions)
-    by_key = {table.key: precisions[table.feature] for table in model.tables}
+    by_key = {table.table_key: precisions[table.feature] for table in model.tables}
     about = {"name": name, "dense_precision": dense_precision, **_about(run, dataset, shape, chosen)}
     mirror.settle(out, MANIFEST_NAME)
     if os.path.lexists(out) and not overwrite:

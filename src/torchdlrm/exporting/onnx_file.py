@@ -141,7 +141,7 @@ def _pooled(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL
             vector = graph.node("Mul", vector, graph.node("Unsqueeze", weights_BL, graph.constant([2])))
             vector = graph.node("ReduceSum", vector, graph.constant([1]))
         if table.dim < table.vector_dim:
-            weight = bundle.weights.tensor(projection_weight(table.key)).t().numpy()
+            weight = bundle.weights.tensor(projection_weight(table.table_key)).t().numpy()
             vector = graph.node("MatMul", vector, graph.constant(weight, np.float32))
         vectors.append(vector)
     return graph.node("Mul" if tables[0].combination == "mult" else "Add", *vectors) if len(vectors) > 1 else vectors[0]
@@ -150,7 +150,7 @@ def _pooled(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL
 def _looked_up(graph: Graph, bundle: Bundle, table: FeatureTable, ids_BL: str) -> str:
     """Rows of a table, which stays in its precision: float32 [B, L, dim]."""
     record = TABLE_PRECISIONS[bundle.manifest.sparse[table.feature].precision]
-    stored = bundle.weights.tensor(table_weight(table.key)).numpy()
+    stored = bundle.weights.tensor(table_weight(table.table_key)).numpy()
 
     def gathered(array: NDArray[Any]) -> str:
         return graph.node("Gather", graph.constant(array, array.dtype), ids_BL)

@@ -161,7 +161,7 @@ def verify(
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
         _, checkpoint = open_checkpoint(trained, str(source.step))
         shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
-        model = CheckpointModel(checkpoint, shape, encoded.num_embeddings)
+        model = CheckpointModel(checkpoint, shape)
         with reported(shape.architecture):
             return _verify(predictor, trained, model, encoded, log, max_rows, client, listener)
 

@@ -66,9 +66,9 @@ def import_weights(
         raise RunError(msg)
     encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_label(settings.train.label)
     source = _UpstreamWeights(*_opened(state_dict), encoded)
-    settings, sizes = settings.model_copy(update={"model": source.shape.config}), encoded.num_embeddings
+    settings = settings.model_copy(update={"model": source.shape.config})
     with join_process_group(settings.train.timeout_s, device="cpu") as ranks:
-        built = build_sharded_model(settings, source.shape, num_embeddings=sizes, dense_sample=None, ranks=ranks)
+        built = build_sharded_model(settings, source.shape, dense_sample=None, ranks=ranks)
         state = built.module.state_dict()
         take_over({"model": state}, source, TakeOver())
         built.module.load_state_dict(state)
@@ -177,7 +177,7 @@ class _UpstreamWeights(CheckpointReader):
         settings = {f"model.{key}": str(value) for key, value in _model_settings(weights).items()}
         config = load_config(None, settings).model
         self.path, self.shape = Path(where), ModelShape.of(config, dataset)
-        expected = build_model(self.shape, dataset.num_embeddings, torch.device("meta")).model.state_dict()
+        expected = build_model(self.shape, torch.device("meta")).model.state_dict()
         for name in dict.fromkeys((*expected, *weights)):
             weight, wanted = weights.get(name), expected.get(name)
             is_alike = weight is not None and wanted is not None and weight.shape == wanted.shape

@@ -1,6 +1,7 @@
 """Says which tables a model has for each sparse feature, and which of their rows stand for an id.
 
-In: the model's config and the rows of each feature.  Out: `FeatureTable`s, in the order of the features.
+In: the model's config and the sparse features.  Out: `FeatureTable`s, one for each key of the KJT, in the order of the
+features.
 
 Most features have one table of dimension D.  `model.features` of the config makes some smaller, so that a dataset need
 not be preprocessed again to try it (docs/decisions/the-config-says-which-tables-are-smaller.md):
@@ -10,6 +11,10 @@ not be preprocessed again to try it (docs/decisions/the-config-says-which-tables
   of c rows for the remainders (arXiv:1909.02107). No two ids have both in common, and an id's vector is the product, or
   the sum, of the two rows. Ids are divided as integers, where batches are made; from then on the two are keys of their
   own.
+
+Several keys may look into one table: those of features that share it, and those of a sequence, of which each key has
+the id at one place from the end.  So one collection of pooled embeddings also gives those of single ids, whatever the
+sharding.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,54 +26,97 @@ from numpy.typing import NDArray
 
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.toml import did_you_mean
 
 Combination = Literal["mult", "add"]
 
 
 def table_name(key: str) -> str:
-    """The name of the table that a key of the KJT looks into."""
+    """The name of the table that is called after a key of the KJT."""
     return f"t_{key}"
 
 
 @dataclass(frozen=True)
-class FeatureTable:
-    """A table of a sparse feature: its only one, or one of two.
+class Feature:
+    """A sparse feature, as its tables see it, and as a model class is given it.
 
     Attributes:
-        feature: whose it is.
-        key: of the KJT: the feature itself, or its name with `_q` for quotients, `_r` for remainders.
+        name: of the feature.
+        num_ids: how many ids it has.
+        is_multi_valued: whether a row may have several.
+        max_values: how many at most; None: any number.
+        table: the feature whose vocabulary and table it shares; None: it has its own.
+    """
+
+    name: str
+    num_ids: int
+    is_multi_valued: bool = False
+    max_values: int | None = None
+    table: str | None = None
+
+
+def sparse_features(schema: FeatureSchema, num_ids: Mapping[str, int]) -> tuple[Feature, ...]:
+    """The sparse features of a schema, in its order; `num_ids` of each by name."""
+    return tuple(
+        Feature(column.name, num_ids[column.name], is_multi_valued=column.is_multi_valued, max_values=column.max_values)
+        for column in schema.sparse
+    )
+
+
+def features_of_sizes(num_ids: Mapping[str, int], multi_valued: Collection[str] = ()) -> tuple[Feature, ...]:
+    """Features of which no schema is known: how many ids each has, and the names of those with several a row."""
+    return tuple(Feature(name, count, is_multi_valued=name in multi_valued) for name, count in num_ids.items())
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """What a key of the KJT looks up for its feature.
+
+    Attributes:
+        feature: whose ids the key has.
+        key: the feature itself, or its name with `_q` for quotients, `_r` for remainders, `@0` for the last id of each
+            row, `@1` for the one before it.
+        table_key: the key that the table is called after: `key`, unless another feature has lent its table.
         rows: of the table.
         dim: of its rows.
         vector_dim: of the feature's vector, D; where rows are smaller, they are projected to it.
         combination: of the rows of quotient and remainder; None where the feature has one table.
         num_collisions: by what ids are divided.
         num_ids: of the feature: the rows of its table if it were one.
+        position: of a sequence, which ids these are, from the end of each row's; None: they are all.
     """
 
     feature: str
     key: str
+    table_key: str
     rows: int
     dim: int
     vector_dim: int
     combination: Combination | None
     num_collisions: int
     num_ids: int
+    position: int | None = None
 
     @classmethod
-    def whole(cls, feature: str, rows: int, dim: int) -> Self:
-        """The only table of a feature, of dimension D."""
-        return cls(feature, feature, rows, dim, dim, None, 1, rows)
+    def whole(cls, feature: str, rows: int, dim: int, owner: str | None = None) -> Self:
+        """The only table of a feature, of dimension D, which is `owner`'s where there is one."""
+        return cls(feature, feature, owner or feature, rows, dim, dim, None, 1, rows)
 
     @property
     def name(self) -> str:
         """The name of the table."""
-        return table_name(self.key)
+        return table_name(self.table_key)
 
     @property
     def is_plain(self) -> bool:
-        """Whether its rows are the feature's vectors."""
-        return self.combination is None and self.dim == self.vector_dim
+        """Whether its sums of rows are the feature's vectors."""
+        return self.is_vector and self.combination is None and self.dim == self.vector_dim
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the feature's vector begins with what it looks up: there is one such key a feature, at most."""
+        return self.position is None and not self.is_remainder
 
     @property
     def is_remainder(self) -> bool:
@@ -80,22 +128,30 @@ class FeatureTable:
         if self.combination is None:
             return (self,)
         quotients = -(-self.num_ids // self.num_collisions)
-        return (
-            replace(self, key=f"{self.feature}_q", rows=quotients),
-            replace(self, key=f"{self.feature}_r", rows=self.num_collisions),
+        return tuple(
+            replace(self, key=f"{self.feature}_{part}", table_key=f"{self.table_key}_{part}", rows=rows)
+            for part, rows in (("q", quotients), ("r", self.num_collisions))
         )
 
+    def ids(self, ids: NDArray[Any]) -> NDArray[Any]:
+        """Rows of the table that stand for these ids of the feature: exact integers."""
+        if self.combination is None:
+            return ids
+        divisor = ids.dtype.type(self.num_collisions)
+        return ids % divisor if self.is_remainder else ids // divisor
 
-def feature_tables(model: ModelConfig, num_embeddings: Mapping[str, int]) -> list[FeatureTable]:
-    """The tables of all features.
+
+def feature_tables(model: ModelConfig, features: Sequence[Feature]) -> list[FeatureTable]:
+    """What is looked up for all features, key by key.
 
     Args:
         model: its `features` may be of others, too.
-        num_embeddings: ids of each sparse feature, in the order of the schema.
+        features: in the order of the schema.
     """
     found: list[FeatureTable] = []
-    for name, rows in num_embeddings.items():
-        whole, chosen = FeatureTable.whole(name, rows, model.embedding_dim), model.features.get(name)
+    for feature in features:
+        whole = FeatureTable.whole(feature.name, feature.num_ids, model.embedding_dim, feature.table)
+        chosen = model.features.get(whole.table_key)
         if chosen is not None:
             dim, combination = chosen.embedding_dim or whole.dim, chosen.quotient_remainder
             whole = replace(whole, dim=dim, combination=combination, num_collisions=chosen.num_collisions)
@@ -103,43 +159,49 @@ def feature_tables(model: ModelConfig, num_embeddings: Mapping[str, int]) -> lis
     return found
 
 
-def divisors(model: ModelConfig, features: Sequence[str]) -> list[int | None]:
-    """By what the ids of each feature are divided; None where they are not."""
-    chosen = (model.features.get(name) for name in features)
-    return [None if one is None or one.quotient_remainder is None else one.num_collisions for one in chosen]
+def sources(tables: Sequence[FeatureTable], features: Sequence[str]) -> list[tuple[int, FeatureTable]] | None:
+    """Of each key, which feature's ids it has, by place, and the key; None where they are the features' own."""
+    if [table.key for table in tables] == list(features):
+        return None
+    return [(features.index(table.feature), table) for table in tables]
 
 
-def split_ids(ids: NDArray[Any], divisor: int | None) -> tuple[NDArray[Any], ...]:
-    """The ids for each table of a feature: these, or the quotients and the remainders of these; exact integers."""
-    return (ids,) if divisor is None else np.divmod(ids, ids.dtype.type(divisor))
-
-
-def check_features(model: ModelConfig, num_embeddings: Mapping[str, int], multi_valued: Collection[str]) -> None:
-    """See that `model.features` suits the features that there are.
+def from_the_end(offsets: NDArray[Any], position: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The id at a place from the end of each row's, in rows that have so many.
 
     Args:
-        model: the config.
-        num_embeddings: ids of each sparse feature.
-        multi_valued: those of which a row may have several ids.
+        offsets: where the ids of each row begin, [B + 1].
+        position: 0 for the last.
+
+    Returns:
+        Where these ids are, and the offsets of rows that have them alone: [B + 1].
+    """
+    places = offsets[1:] - (1 + position)
+    is_there = places >= offsets[:-1]
+    return places[is_there], np.concatenate([np.zeros(1, offsets.dtype), np.cumsum(is_there, dtype=offsets.dtype)])
+
+
+def check_features(model: ModelConfig, features: Sequence[Feature]) -> None:
+    """See that `model.features` suits the features that there are.
 
     Raises:
         ConfigError: a feature is not there, or cannot be divided; every problem in one message.
     """
-    problems = []
+    problems, by_name = [], {feature.name: feature for feature in features}
     for name, feature in model.features.items():
         key = f"model.features.{name}"
-        if name not in num_embeddings:
-            hint = did_you_mean(name, num_embeddings) or f"; they are {', '.join(list(num_embeddings)[:5])}, ..."
+        if name not in by_name:
+            hint = did_you_mean(name, by_name) or f"; they are {', '.join(list(by_name)[:5])}, ..."
             problems.append(f"{key}: there is no sparse feature {name}{hint}")
             continue
         if feature.quotient_remainder is None:
             continue
-        rows = num_embeddings[name]
+        rows = by_name[name].num_ids
         if feature.num_collisions >= rows:
             problems.append(
                 f"{key}.num_collisions: must be below the feature's {rows:,} ids, got {feature.num_collisions}"
             )
-        if feature.quotient_remainder == "mult" and name in multi_valued:
+        if feature.quotient_remainder == "mult" and by_name[name].is_multi_valued:
             problems.append(
                 f"{key}.quotient_remainder: {name} may have several values a cell, for which products of sums are no "
                 "sums of products; use add"
@@ -147,7 +209,7 @@ def check_features(model: ModelConfig, num_embeddings: Mapping[str, int], multi_
         problems += [
             f"{key}.quotient_remainder: makes a table {table_name(part)}, which the feature {part} has already"
             for part in (f"{name}_q", f"{name}_r")
-            if part in num_embeddings
+            if part in by_name
         ]
     if problems:
         raise ConfigError("\n  ".join(["the config does not suit the dataset:", *problems]))

@@ -111,7 +111,7 @@ def _blocks(bundle: Bundle, table: FeatureTable, start: int = 0) -> Iterator[NDA
     precision = bundle.manifest.sparse[table.feature].precision
     row_bytes = TABLE_PRECISIONS[precision].row_bytes(table.dim)
     assert isinstance(bundle.weights, MappedWeights), "it was opened from its folder"
-    begin, num_rows = bundle.weights.place(table_weight(table.key)).start, _BLOCK_BYTES // row_bytes
+    begin, num_rows = bundle.weights.place(table_weight(table.table_key)).start, _BLOCK_BYTES // row_bytes
     for first in range(start, table.rows, num_rows):
         size_bytes = min(num_rows, table.rows - first) * row_bytes
         data = bytearray(os.pread(bundle.weights.file, size_bytes, begin + first * row_bytes))

@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm.config import ModelConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.tables import divisors, feature_tables
+from torchdlrm.features.tables import FeatureTable, sources
 from torchdlrm.loader.batch import (
     Batch,
     BatchSequence,
@@ -50,8 +49,8 @@ class Loader:
         world_size: number of processes.
         epochs: passes over the split.
         seed: of the order of row groups in later epochs.
-        model: of the model that the batches are for: a feature with `quotient_remainder` has two keys; None: every
-            feature has its own name as its key.
+        tables: of the model that the batches are for (`ModelShape.tables`), in which a feature may have several keys;
+            None: every feature has its own name as its key.
         max_rows: read only the first `max_rows` rows of the split.
         prefetch_batches: how many batches the reading thread keeps ready.
         pin_memory: hand out batches in page-locked memory, for a GPU.
@@ -74,7 +73,7 @@ class Loader:
         world_size: int = 1,
         epochs: int = 1,
         seed: int = 0,
-        model: ModelConfig | None = None,
+        tables: Sequence[FeatureTable] | None = None,
         max_rows: int | None = None,
         prefetch_batches: int = 8,
         pin_memory: bool = False,
@@ -88,9 +87,9 @@ class Loader:
         self.rows = min(dataset.splits[split].rows, max_rows or dataset.splits[split].rows)
         self.batches_per_epoch = num_batches(self.rows, batch_size_global)
         self._reader = RowGroupReader(dataset, split, seed=seed)
-        model = model or ModelConfig()
-        self._keys = [table.key for table in feature_tables(model, dataset.num_embeddings)]
-        self._divisors = divisors(model, dataset.sparse_names)
+        names = dataset.sparse_names
+        self._keys = list(names) if tables is None else [table.key for table in tables]
+        self._sources = None if tables is None else sources(tables, names)
         self._batch_size_global = batch_size_global
         self._rank, self._world_size = rank, world_size
         self._epochs, self._all_gather = epochs, all_gather
@@ -151,7 +150,7 @@ class Loader:
 
     def _split(self, read_group: Callable[[int, int], Columns], epoch: int, index: int) -> Columns:
         columns = read_group(epoch, index)
-        return columns.split(self._divisors) if any(self._divisors) else columns
+        return columns if self._sources is None else columns.of_keys(self._sources)
 
 
 class _RowStream:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.tables import split_ids
+from torchdlrm.features.tables import FeatureTable, from_the_end
 from torchdlrm.loader.batch import RowGroup, epoch_order
 from torchdlrm.storage import mirror, reading
 
@@ -64,9 +64,14 @@ class IdColumn:
         offsets = self.offsets[rows.start : rows.stop + 1]
         return self.values[offsets[0] : offsets[-1]].astype(np.int64), np.diff(offsets).astype(np.int32)
 
-    def split(self, divisor: int | None) -> "list[IdColumn]":
-        """Itself, or the quotients and the remainders of its ids: a column for each table of the feature."""
-        return [replace(self, values=values) for values in split_ids(self.values, divisor)]
+    def of_key(self, table: FeatureTable) -> "IdColumn":
+        """What a key has of the feature's ids, as rows of its table."""
+        if table.position is None:
+            return replace(self, values=table.ids(self.values))
+        offsets = np.arange(len(self.values) + 1, dtype=np.int32) if self.offsets is None else self.offsets
+        places, offsets = from_the_end(offsets, table.position)
+        weights = None if self.weights is None else self.weights[places]
+        return IdColumn(table.ids(self.values[places]), offsets, weights)
 
     def weights_of(self, rows: slice) -> NDArray[np.float32]:
         """A copy of the weights of the ids of these rows: 1 where they have none."""
@@ -96,10 +101,9 @@ class Columns:
     ids: Sequence[IdColumn]
     row_weights: NDArray[np.float32] | None = None
 
-    def split(self, divisors: Sequence[int | None]) -> "Columns":
-        """The same rows with a column of ids for each table; F divisors as `features.tables.divisors` has them."""
-        pairs = zip(self.ids, divisors, strict=True)
-        return replace(self, ids=[part for column, divisor in pairs for part in column.split(divisor)])
+    def of_keys(self, sources: Sequence[tuple[int, FeatureTable]]) -> "Columns":
+        """The same rows with a column of ids for each key; from `features.tables.sources`."""
+        return replace(self, ids=[self.ids[place].of_key(table) for place, table in sources])
 
     def find_outside(self, num_embeddings: Mapping[str, int]) -> tuple[str, int, int] | None:
         """The first feature that has an id outside its table, with that id and its row in the group; None is well."""

@@ -22,7 +22,7 @@ from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.errors import BundleError
-from torchdlrm.features.tables import check_features
+from torchdlrm.features.tables import Feature, FeatureTable, check_features, feature_tables, sparse_features
 from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights
 
@@ -159,15 +159,6 @@ def layers(inputs: int, sizes: Sequence[int]) -> list[Product]:
 
 
 @dataclass(frozen=True)
-class Feature:
-    """A sparse feature, as a model class is given it: its name, how many ids it has, whether a row may have several."""
-
-    name: str
-    num_ids: int
-    is_multi_valued: bool
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """A model's architecture and sizes.
 
@@ -177,9 +168,7 @@ class ModelShape:
         num_sparse: F.
         given_architecture: how the vectors interact, where it is not as the config says.
         is_weighted: whether ids have weights, by which their embeddings are multiplied before they are summed.
-        num_embeddings: ids of each sparse feature by name, in the order of the schema, where they are known: a model
-            class may ask for them.
-        multi_valued: the names of those of which a row may have several ids.
+        known_features: the sparse features, in the order of the schema, where they are known.
     """
 
     config: ModelConfig
@@ -187,8 +176,7 @@ class ModelShape:
     num_sparse: int
     given_architecture: Architecture | None = None
     is_weighted: bool = False
-    num_embeddings: tuple[tuple[str, int], ...] = ()
-    multi_valued: frozenset[str] = frozenset()
+    known_features: tuple[Feature, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
@@ -197,16 +185,15 @@ class ModelShape:
         Raises:
             ConfigError: `model.features` does not suit them.
         """
-        multi_valued = [column.name for column in dataset.schema.sparse if column.is_multi_valued]
-        check_features(config, dataset.num_embeddings, multi_valued)
+        features = sparse_features(dataset.schema, dataset.num_embeddings)
+        check_features(config, features)
         return cls(
             config,
             len(dataset.dense_names),
-            len(dataset.sparse_names),
+            len(features),
             architecture,
             is_weighted=dataset.schema.has_value_weights,
-            num_embeddings=tuple(dataset.num_embeddings.items()),
-            multi_valued=frozenset(multi_valued),
+            known_features=features,
         )
 
     @property
@@ -215,9 +202,14 @@ class ModelShape:
         return self.given_architecture or built_in(self.config.interaction)
 
     @property
-    def features(self) -> dict[str, int]:
-        """Ids of each sparse feature by name; where they are not known, features of one id each."""
-        return dict(self.num_embeddings) or {f"feature_{i}": 1 for i in range(self.num_sparse)}
+    def features(self) -> tuple[Feature, ...]:
+        """The sparse features; where they are not known, as many of one id each."""
+        return self.known_features or tuple(Feature(f"feature_{i}", 1) for i in range(self.num_sparse))
+
+    @property
+    def tables(self) -> list[FeatureTable]:
+        """What is looked up for the features, key by key."""
+        return feature_tables(self.config, self.features)
 
     @property
     def flat_size(self) -> int:

@@ -1,38 +1,37 @@
 """Builds a model from its sizes and those of its tables; it is not sharded yet, its tables are on the meta device."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.features.tables import FeatureTable, feature_tables
+from torchdlrm.features.tables import FeatureTable
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.dlrm import TableOfFeature
+from torchdlrm.model.dlrm import TableOfFeatures
 from torchdlrm.model.dropout import add_dropout
 from torchdlrm.model.loss import DLRMTrain
 
 
-def feature_collection(tables: Iterable[FeatureTable], *, is_weighted: bool = False) -> EmbeddingBagCollection:
+def feature_collection(tables: Sequence[FeatureTable], *, is_weighted: bool = False) -> EmbeddingBagCollection:
     """The tables of a model's features, on the meta device; `is_weighted`: their ids come with weights."""
     configs = [
-        TableOfFeature(
+        TableOfFeatures(
             name=table.name,
             embedding_dim=table.dim,
             num_embeddings=table.rows,
-            feature_names=[table.key],
+            feature_names=[other.key for other in tables if other.name == table.name],
             init_fn=_leave_as_is,
-            table=table,
+            keys=tuple(tables),
         )
-        for table in tables
+        for table in {table.name: table for table in tables}.values()
     ]
     return EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=torch.device("meta"))
 
 
 def build_model(
     shape: ModelShape,
-    num_embeddings: Mapping[str, int],
     device: torch.device,
     *,
     dropout: float = 0.0,
@@ -42,7 +41,6 @@ def build_model(
 
     Args:
         shape: of the model.
-        num_embeddings: ids of each sparse feature, in the order of the schema.
         device: where everything but the tables is created.
         dropout: fraction of the hidden units of dense and over arch that each training row leaves out.
         negative_weight: weight of rows without a click in the loss.
@@ -50,7 +48,7 @@ def build_model(
     Raises:
         ConfigError: a model class makes no model, or one without arches to drop units of.
     """
-    collection = feature_collection(feature_tables(shape.config, num_embeddings), is_weighted=shape.is_weighted)
+    collection = feature_collection(shape.tables, is_weighted=shape.is_weighted)
     # A GPU draws other random numbers than a CPU with the same seed, and a model class of the user's may keep more than
     # parameters where it is made: so it is made twice there, and takes the CPU's weights.
     drawn = shape.architecture.build(shape, collection, torch.device("meta" if device.type == "meta" else "cpu"))

@@ -41,14 +41,14 @@ def embeddings_by_key(embeddings: KeyedTensor) -> dict[str, Tensor]:
 
 
 @dataclass
-class TableOfFeature(EmbeddingBagConfig):  # type: ignore[misc]  # TorchRec is untyped
-    """The config of a table that may be smaller than others, or one of two.
+class TableOfFeatures(EmbeddingBagConfig):  # type: ignore[misc]  # TorchRec is untyped
+    """The config of a table that may be smaller than others, one of two, or of several features.
 
     Attributes:
-        table: what the table is for its feature.
+        keys: of all tables of the collection: what each key of the KJT is for its feature.
     """
 
-    table: FeatureTable | None = None
+    keys: tuple[FeatureTable, ...] = ()
 
 
 def tables_of(embedding_bag_collection: EmbeddingBagCollection) -> list[FeatureTable]:
@@ -57,15 +57,17 @@ def tables_of(embedding_bag_collection: EmbeddingBagCollection) -> list[FeatureT
     Raises:
         ValueError: the collection has no tables.
     """
-    found = [
-        getattr(config, "table", None) or FeatureTable.whole(key, config.num_embeddings, config.embedding_dim)
-        for config in embedding_bag_collection.embedding_bag_configs()
-        for key in config.feature_names
-    ]
-    if not found:
+    configs = embedding_bag_collection.embedding_bag_configs()
+    if not configs:
         msg = "the collection of tables is empty: at least one sparse feature is needed"
         raise ValueError(msg)
-    return found
+    if isinstance(configs[0], TableOfFeatures):
+        return [*configs[0].keys]
+    return [
+        FeatureTable.whole(key, config.num_embeddings, config.embedding_dim)
+        for config in configs
+        for key in config.feature_names
+    ]
 
 
 def _projection(table: FeatureTable) -> nn.Linear:
@@ -88,7 +90,7 @@ def _feature_vectors(
     """The vector of each feature: F of [B, D].
 
     Args:
-        tables: of all features; a remainder's follows that of its quotient.
+        tables: of all keys; a remainder's follows that of its quotient.
         embeddings: the pooled rows of each, by key: [B, dim].
         projections: what maps those of smaller tables to D, by the name of the table.
     """
@@ -126,7 +128,7 @@ class SparseArch(nn.Module):
             raise ValueError(msg)
         self.embedding_bag_collection = embedding_bag_collection
         self.D: int = dims[0]
-        self.sparse_feature_names: list[str] = [table.feature for table in self._tables if not table.is_remainder]
+        self.sparse_feature_names: list[str] = [*dict.fromkeys(table.feature for table in self._tables)]
         self.F: int = len(self.sparse_feature_names)
         self._are_plain = all(table.is_plain for table in self._tables)
         # Drawn on the CPU, like all weights. By the name of the table: a feature may be called as an attribute is.

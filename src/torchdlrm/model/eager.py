@@ -12,7 +12,6 @@ B rows of the batch, F sparse features, D embedding dimension.
 
 import traceback
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,7 +25,6 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchdlrm.features.tables import feature_tables
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
 from torchdlrm.model.build import build_model
@@ -66,21 +64,18 @@ class EagerModel:
 
     Args:
         shape: of the model, which is built here with random weights.
-        num_embeddings: ids of each sparse feature, F of them.
         device: where it computes; None: on CPU.
 
     Attributes:
         module: the model without its tables, evaluating.
         weight_shapes: of its state dict, the tables included.
-        tables: of all features, T of them: F, and one more for each feature that has two.
+        tables: of all keys, T of them: F, and more where features have more than one.
     """
 
-    def __init__(
-        self, shape: ModelShape, num_embeddings: Mapping[str, int], device: torch.device | None = None
-    ) -> None:
-        self.module = build_model(shape, num_embeddings, device or torch.device("cpu")).model.eval()
+    def __init__(self, shape: ModelShape, device: torch.device | None = None) -> None:
+        self.module = build_model(shape, device or torch.device("cpu")).model.eval()
         self.weight_shapes = {name: tuple(weight.shape) for name, weight in self.module.state_dict().items()}
-        self.tables, self._num_dense = feature_tables(shape.config, num_embeddings), shape.num_dense
+        self.tables, self._num_dense = shape.tables, shape.num_dense
         self._given = _take_the_place_of_tables(self.module)
 
     def logits(
@@ -194,15 +189,16 @@ def trace_products(shape: ModelShape) -> tuple[Product, ...]:
 
     Those of smaller tables are left out: the shape itself counts them.
     """
-    num_sparse, shape = shape.num_sparse, replace(shape, config=shape.config.with_features({}))
+    shape = replace(shape, config=shape.config.with_features({}))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = EagerModel(shape, shape.features)
+        model = EagerModel(shape)
+        num_tables = len(model.tables)
         with _Products() as products:
             model.logits(
                 torch.zeros(_TRACED_ROWS, shape.num_dense),
-                torch.zeros(_TRACED_ROWS * num_sparse, dtype=torch.int64),
-                torch.ones(_TRACED_ROWS * num_sparse, dtype=torch.int32),
-                torch.zeros(_TRACED_ROWS, num_sparse, shape.config.embedding_dim),
+                torch.zeros(_TRACED_ROWS * num_tables, dtype=torch.int64),
+                torch.ones(_TRACED_ROWS * num_tables, dtype=torch.int32),
+                torch.zeros(_TRACED_ROWS, sum(table.dim for table in model.tables)),
             )
     return tuple(products.found)
 
@@ -238,8 +234,8 @@ class _Trial:
     """A model on the CPU, and random numbers in place of its tables."""
 
     def __init__(self, shape: ModelShape) -> None:
-        self._shape, self._tables = shape, feature_tables(shape.config, shape.features)
-        self._train = build_model(shape, shape.features, torch.device("cpu"))
+        self._shape, self._tables = shape, shape.tables
+        self._train = build_model(shape, torch.device("cpu"))
         self._given = _take_the_place_of_tables(self._train.model)
         for module in self._train.modules():
             if isinstance(module, GlobalBatchNorm1d):

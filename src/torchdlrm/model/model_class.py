@@ -29,7 +29,7 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import Setting
 from torchdlrm.errors import ConfigError, TorchDLRMError
 from torchdlrm.files import sha256_of
-from torchdlrm.model.architecture import Architecture, Feature, ModelShape, Product, built_in
+from torchdlrm.model.architecture import Architecture, ModelShape, Product, built_in
 from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
@@ -82,9 +82,8 @@ class CustomArchitecture(Architecture):
 
     def _own_arguments(self, shape: ModelShape) -> dict[str, Any]:
         """What it is given besides what its like are: its settings, and the features where it takes them."""
-        features = [Feature(name, num_ids, name in shape.multi_valued) for name, num_ids in shape.features.items()]
         takes_features = "features" in inspect.signature(self.make).parameters
-        return {**dict(self.settings), **({"features": tuple(features)} if takes_features else {})}
+        return {**dict(self.settings), **({"features": shape.features} if takes_features else {})}
 
     def build(
         self, shape: ModelShape, embedding_bag_collection: "EmbeddingBagCollection", device: torch.device

@@ -215,7 +215,7 @@ def _time_dense(
     shape: ModelShape, config: Config, rows: int, device: torch.device, precision: _Precision
 ) -> tuple[float, int]:
     """Milliseconds of the dense parts with loss and update, and the bytes of their parameters."""
-    model = EagerModel(shape, shape.features, device)
+    model = EagerModel(shape, device)
     parameters = list(model.module.train().parameters())
     optimizer = dense_optimizer(config.dense_optimizer, parameters)
     dense_rows = torch.rand(rows, shape.num_dense, device=device)

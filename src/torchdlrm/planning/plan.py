@@ -7,7 +7,7 @@ from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
-from torchdlrm.features.tables import check_features, table_name
+from torchdlrm.features.tables import check_features, feature_tables, features_of_sizes, sparse_features
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import architecture_of
 from torchdlrm.planning.measure import measured
@@ -88,24 +88,26 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         raise PlanError(msg)
     machine = _machine(request, config)
     dataset = None if request.dataset is None else Dataset.open(request.dataset)
-    tables = _tables(request, config, dataset)
-    multi_valued = [] if dataset is None else [c.name for c in dataset.schema.sparse if c.is_multi_valued]
-    model = config.model
+    tables, model = _tables(request, config, dataset), config.model
+    sizes = features_of(tables, model)
+    if dataset is not None:
+        named = sparse_features(dataset.schema, dataset.num_embeddings)
+        features = tuple(replace(feature, num_ids=sizes[feature.table or feature.name]) for feature in named)
+    else:
+        features = features_of_sizes(sizes, {feature_of(table) for table in tables if table.pooling_factor > 1})
     if request.run is None:
-        several = {feature_of(table) for table in tables if table.pooling_factor > 1}.union(multi_valued)
-        check_features(model, {feature_of(table): table.rows for table in tables}, several)
-    num_embeddings = tuple(features_of(tables, model).items())
+        check_features(model, features)
     shape = ModelShape(
         model,
         # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
         NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
-        len(num_embeddings),
+        len(features),
         _architecture(request, config),
         is_weighted=dataset is not None and dataset.schema.has_value_weights,
-        num_embeddings=num_embeddings,
-        multi_valued=frozenset(multi_valued),
+        known_features=features,
     )
     shape.architecture.check(shape)
+    multi_valued = {feature.name for feature in features if feature.is_multi_valued}
     # Tables of a run may be smaller already: then nothing changes.
     problem = Problem.of(config, with_features(tables, model), machine, shape)
     optimizer = config.table_optimizer
@@ -114,7 +116,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         optimizer=optimizer.model_copy(update={"name": request.optimizer or optimizer.name}).record,
         constraints=(*problem.constraints, *request.constraints),  # of rules for the same table the last one counts
         precision=request.precision,
-        multi_valued=frozenset(map(table_name, multi_valued)),
+        multi_valued=frozenset(table.name for table in shape.tables if table.feature in multi_valued),
     )
     return problem if request.table_bytes is None else _smaller(problem, request)
 
@@ -192,7 +194,8 @@ def _tables(request: PlanRequest, config: Config, dataset: Dataset | None) -> li
         )
         raise PlanError(msg)
     if dataset is not None:
-        tables = tables_of_model(config.model.with_features({}), dataset.num_embeddings)
+        features = sparse_features(dataset.schema, dataset.num_embeddings)
+        tables = tables_of_model(feature_tables(config.model.with_features({}), features))
     elif request.run is not None:
         tables = [
             Table(name, placed["rows"], placed["dim"], placed["pooling_factor"])

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torchdlrm.config import DENSE_OPTIMIZERS, Config, TableOptimizer
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
+from torchdlrm.features.tables import features_of_sizes
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.tables import Precision, Table, features_of
@@ -86,11 +87,11 @@ class Problem:
     ) -> "Problem":
         """What a training with this config plans for; without a shape, one table for each sparse feature."""
         tables = tuple(tables)
-        features = tuple(features_of(tables, config.model).items())
+        features = features_of_sizes(features_of(tables, config.model))
         return cls(
             tables,
             machine,
-            shape or ModelShape(config.model, NUM_CRITEO_DENSE, len(features), num_embeddings=features),
+            shape or ModelShape(config.model, NUM_CRITEO_DENSE, len(features), known_features=features),
             optimizer=config.table_optimizer.record,
             batch_size_global=config.train.batch_size_global,
             asked_reserved_fraction=config.sharding.reserved_fraction,

@@ -6,6 +6,7 @@ an optimizer.  No torch in here.
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from torchdlrm.config import ModelConfig, TableOptimizer
 from torchdlrm.errors import PlanError
-from torchdlrm.features.tables import feature_tables, table_name
+from torchdlrm.features.tables import Feature, FeatureTable, feature_tables, table_name
 from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES
 
 Precision = Literal["float32", "float16"]
@@ -72,11 +73,13 @@ def row_state_bytes(rows: int, optimizer: TableOptimizer) -> int:
     return 4 * rows * optimizer.state_per_row
 
 
-def tables_of_model(model: ModelConfig, num_embeddings: Mapping[str, int]) -> list[Table]:
-    """The tables of all features, as `torchdlrm.model.build` makes them."""
-    return with_features(
-        [Table(table_name(feature), rows, model.embedding_dim) for feature, rows in num_embeddings.items()], model
-    )
+def tables_of_model(tables: Sequence[FeatureTable]) -> list[Table]:
+    """The tables into which all keys look, as `torchdlrm.model.build` makes them."""
+    num_keys = Counter(table.name for table in tables)
+    return [
+        Table(table.name, table.rows, table.dim, float(num_keys[table.name]))
+        for table in {table.name: table for table in tables}.values()
+    ]
 
 
 def with_features(tables: Sequence[Table], model: ModelConfig) -> list[Table]:
@@ -87,7 +90,7 @@ def with_features(tables: Sequence[Table], model: ModelConfig) -> list[Table]:
         if feature not in model.features:
             found.append(table)
             continue
-        for part in feature_tables(model, {feature: table.rows}):
+        for part in feature_tables(model, [Feature(feature, table.rows)]):
             name = table.name + part.key.removeprefix(feature)
             found.append(replace(table, name=name, rows=part.rows, dim=part.dim))
     return found

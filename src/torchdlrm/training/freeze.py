@@ -93,7 +93,7 @@ def frozen_parts(names: Sequence[str], model: nn.Module, tables: Sequence[Featur
         frozenset(name for name in modules if not _is_inside(_COLLECTION, name) and _is_covered(name, prefixes)),
         frozenset(name for name in parameters if _is_covered(name, prefixes)),
     )
-    if names and len(frozen.tables) == len(tables) and len(frozen.parameters) == len(parameters):
+    if names and frozen.tables == {table.name for table in tables} and len(frozen.parameters) == len(parameters):
         msg = f"train.freeze: {', '.join(names)}: nothing is left to learn; leave one out"
         raise ConfigError(msg)
     return frozen

@@ -120,7 +120,7 @@ def preview_training(
     solution = plan_of_training(
         config,
         shape,
-        tables_of_model(config.model, dataset.num_embeddings),
+        tables_of_model(shape.tables),
         local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device),
     )
     return TrainingPreview(
@@ -239,7 +239,7 @@ def _checked(
     check_validations(config, agenda, validation_rows=dataset.splits["val"].rows)
     shape = ModelShape.of(config.model, dataset, architecture)
     shape.architecture.check(shape)
-    check_freeze(config, shape, dataset.num_embeddings, device)
+    check_freeze(config, shape, device)
     return agenda, shape
 
 

@@ -1,6 +1,6 @@
 """Builds the sharded model with its initial weights, and its optimizers."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, assert_never
@@ -15,7 +15,6 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from torchdlrm.config import Config, DenseOptimizerConfig, TableOptimizerConfig
 from torchdlrm.errors import ConfigError
-from torchdlrm.features.tables import feature_tables
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
 from torchdlrm.model.dropout import DroppedActivation
@@ -45,7 +44,6 @@ def build_sharded_model(
     config: Config,
     shape: ModelShape,
     *,
-    num_embeddings: Mapping[str, int],
     dense_sample: Tensor | None,
     ranks: Ranks,
 ) -> ShardedModel:
@@ -56,7 +54,6 @@ def build_sharded_model(
     Args:
         config: of the run; may name a plan to follow.
         shape: of the model.
-        num_embeddings: rows of each feature's table, in schema order.
         dense_sample: encoded dense features of some training rows, float32 [rows, num_dense], from which the dense
             arch learns the scale of its input; None leaves it as TorchRec initialises it.
         ranks: the processes that share the model.
@@ -67,33 +64,31 @@ def build_sharded_model(
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
     how = {"dropout": config.train.dropout, "negative_weight": config.train.negative_weight}
-    model = build_model(shape, num_embeddings, ranks.device, **how)
+    model = build_model(shape, ranks.device, **how)
     if dense_sample is not None and shape.num_dense:
         standardize_dense_input(model.model, dense_sample)
-    tables = feature_tables(config.model, num_embeddings)
-    frozen = frozen_parts(config.train.freeze, model.model, tables)
+    frozen = frozen_parts(config.train.freeze, model.model, shape.tables)
     # A single rank would reduce gradients with itself.
     reduces = frozen.freeze_parameters(model.model) and ranks.world_size > 1
     sharded = _shard(model, config, shape, ranks, reduces=reduces, frozen=frozen.tables)
     trained: Any = sharded.module.module
     frozen.keep_in_evaluation(trained.model)
-    initialize_tables(sharded.module, seed=config.seed, parts=tables, scale=config.model.table_init_scale)
+    initialize_tables(sharded.module, seed=config.seed, parts=shape.tables, scale=config.model.table_init_scale)
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
     return sharded
 
 
-def check_freeze(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int], device: torch.device) -> None:
+def check_freeze(config: Config, shape: ModelShape, device: torch.device) -> None:
     """See that the model has what `train.freeze` names, and that it can be frozen on this device.
 
     Raises:
         ConfigError: it has not, or nothing is left to learn; or some tables are frozen on a GPU, and others are not.
     """
     if config.train.freeze:
-        model = build_model(shape, num_embeddings, torch.device("meta")).model
-        tables = feature_tables(config.model, num_embeddings)
-        frozen = frozen_parts(config.train.freeze, model, tables)
-        if device.type == "cuda" and 0 < len(frozen.tables) < len(tables):
+        model = build_model(shape, torch.device("meta")).model
+        frozen = frozen_parts(config.train.freeze, model, shape.tables)
+        if device.type == "cuda" and 0 < len(frozen.tables) < len({table.name for table in shape.tables}):
             msg = (
                 f"train.freeze: on GPUs tables are frozen all together or not at all (FBGEMM), and this names "
                 f"{', '.join(sorted(frozen.tables))}; freeze tables, all of them, or set train.device = cpu"
@@ -101,9 +96,7 @@ def check_freeze(config: Config, shape: ModelShape, num_embeddings: Mapping[str,
             raise ConfigError(msg)
 
 
-def build_empty_model(
-    config: Config, shape: ModelShape, *, num_embeddings: Mapping[str, int], ranks: Ranks
-) -> nn.Module:
+def build_empty_model(config: Config, shape: ModelShape, *, ranks: Ranks) -> nn.Module:
     """Build, plan and shard a model into which weights are going to be loaded, in order to predict with it.
 
     It keeps no state of an optimizer, and what its ranks exchange is not rounded, whatever the config of its run says,
@@ -118,7 +111,7 @@ def build_empty_model(
             "train": config.train.model_copy(update={"communication": "float32"}),
         }
     )
-    model = build_model(shape, num_embeddings, ranks.device)
+    model = build_model(shape, ranks.device)
     return _shard(model, config, shape, ranks, reduces=False).module
 
 

@@ -71,13 +71,13 @@ class Trainer:
     ) -> None:
         self._config = config = run.config
         self._dataset, self._run, self._ranks, self._progress = dataset, run, ranks, progress
+        self._shape = shape
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         self._agenda = Agenda.of(config, self._loader.rows)
         sharded = build_sharded_model(
             config,
             shape,
-            num_embeddings=dataset.num_embeddings,
             dense_sample=torch.from_numpy(self._loader.first_dense_rows()),
             ranks=ranks,
         )
@@ -291,7 +291,7 @@ class Trainer:
             world_size=self._ranks.world_size,
             epochs=epochs,
             seed=self._config.seed,
-            model=self._config.model,
+            tables=self._shape.tables,
             max_rows=max_rows,
             prefetch_batches=self._config.loader.prefetch_batches,
             pin_memory=self._ranks.device.type == "cuda",

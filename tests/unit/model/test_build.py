@@ -27,7 +27,7 @@ def test_a_gpu_starts_with_the_weights_of_the_cpu(seed):
     for device in ("cpu", "cuda"):
         torch.manual_seed(seed)
         shape = ModelShape(SIZES, num_dense=3, num_sparse=2, given_architecture=OfTwoGenerators())
-        built.append(build_model(shape, {"a": 5, "b": 7}, torch.device(device), dropout=0.5))
+        built.append(build_model(shape, torch.device(device), dropout=0.5))
     on_cpu, on_gpu = (dict(model.named_parameters()) for model in built)
     assert on_cpu.keys() == on_gpu.keys()
     compared = [name for name, weight in on_cpu.items() if not weight.is_meta and torch.equal(weight, on_gpu[name])]

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from helpers.interactions import INTERACTIONS
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
+from torchdlrm.features.tables import features_of_sizes
 from torchdlrm.model.architecture import ModelShape, built_in
 from torchdlrm.model.dlrm import DLRM
 from torchdlrm.model.eager import EagerModel, trace_products
@@ -105,7 +106,7 @@ def make_nothing(**_):
 
 
 def counted_flops(shape, rows):
-    model = EagerModel(shape, {f"f{i}": 3 for i in range(shape.num_sparse)})
+    model = EagerModel(shape)
     ids = torch.zeros(shape.num_sparse * rows, dtype=torch.int64)
     pooled = torch.rand(rows, shape.num_sparse, shape.config.embedding_dim)
     with FlopCounterMode(display=False) as counter:
@@ -202,7 +203,7 @@ def test_what_is_no_model_class_is_refused(model_class, message):
 def test_what_a_model_class_makes_must_be_a_model(model_class, message):
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
     with pytest.raises(ConfigError, match=message):
-        EagerModel(shape, {"a": 3, "b": 3, "c": 3})
+        EagerModel(shape)
 
 
 class FailsToBeMade(torch.nn.Module):
@@ -318,7 +319,7 @@ def test_a_file_that_fails_is_reported_with_its_line(tmp_path):
 def test_an_interaction_arch_stands_between_the_arches_of_the_dlrm():
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, Sum))
     assert [(p.inputs, p.outputs) for p in shape.products] == [(4, 12), (12, 8), (16, 10), (10, 6), (6, 1)]
-    module = EagerModel(shape, {"a": 3, "b": 3, "c": 3}).module
+    module = EagerModel(shape).module
     assert isinstance(module, DLRM)
     assert isinstance(module.inter_arch, Sum)
     assert module.train().inter_arch.training
@@ -333,8 +334,8 @@ def test_a_function_may_make_the_model_whose_products_are_those_that_run():
 def test_a_class_is_given_its_settings_and_the_features():
     config = CONFIG.model_copy(update={"settings": {"times": 3, "scale": 2}})
     architecture = architecture_of(config, WithSettings)
-    shape = ModelShape(config, 4, 3, architecture, num_embeddings=(("a", 5), ("b", 6), ("c", 7)), multi_valued={"b"})
-    built = EagerModel(shape, shape.features).module.inter_arch
+    shape = ModelShape(config, 4, 3, architecture, known_features=features_of_sizes({"a": 5, "b": 6, "c": 7}, {"b"}))
+    built = EagerModel(shape).module.inter_arch
     assert (built.times, built.scale, built.names) == (3, 2, ("a",))
     assert [(one.name, one.num_ids, one.is_multi_valued) for one in built.features] == [
         ("a", 5, False),

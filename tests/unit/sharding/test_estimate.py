@@ -60,7 +60,7 @@ def test_the_activations_are_what_autograd_keeps(interaction):
         **INTERACTIONS[interaction],
     )
     shape, num_rows = ModelShape(config, num_dense=13, num_sparse=26), 512
-    model = EagerModel(shape, {f"f{i}": 3 for i in range(26)})
+    model = EagerModel(shape)
     model.module.train()
     ids = torch.zeros(26 * num_rows, dtype=torch.int64)
     kept = {}

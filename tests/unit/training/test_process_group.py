@@ -12,6 +12,7 @@ from torchrec.distributed import comm
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError, LostProcessError, RunError, TrainingError
+from torchdlrm.features.tables import features_of_sizes
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.processes import process_group
 from torchdlrm.training.processes.agreement import NNODES_VARIABLE
@@ -135,8 +136,8 @@ def test_after_an_error_of_its_own_a_process_waits_for_nobody(
 def test_groups_within_and_across_hosts_have_the_timeout_of_the_run(kind, timeout_s):
     config = load_config("criteo-small", {"sharding.constraints": f'["t_cat_0={kind}"]'})
     with join_process_group(timeout_s) as ranks:
-        shape = ModelShape(config.model, num_dense=2, num_sparse=1)
-        build_sharded_model(config, shape, num_embeddings={"cat_0": 9}, dense_sample=None, ranks=ranks)
+        shape = ModelShape(config.model, num_dense=2, num_sparse=1, known_features=features_of_sizes({"cat_0": 9}))
+        build_sharded_model(config, shape, dense_sample=None, ranks=ranks)
         for group in (comm._INTRA_PG, comm._CROSS_PG):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == timeout_s
     assert comm._INTRA_PG is None
