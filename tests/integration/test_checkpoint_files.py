@@ -235,7 +235,7 @@ def test_a_tensor_of_another_shape_than_described_is_refused(checkpoint):
 @pytest.mark.parametrize("kind", ["shape", "missing"])
 def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_differ(checkpoint, small_run, small_dataset, kind):
     config, name = Run.open(small_run).config.model, "over_arch.model.1.weight"
-    CheckpointModel(CheckpointReader(checkpoint), ModelShape(config, 13, 26))
+    CheckpointModel(CheckpointReader(checkpoint), ModelShape.of(config, small_dataset))
 
     def without(metadata):
         del metadata.state_dict_metadata[f"model.model.{name}"]
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_differ(check
         config = config.model_copy(update={"over_arch_layer_sizes": (config.over_arch_layer_sizes[0] + 1, 1)})
         name = "over_arch.model.0._mlp.1._linear.bias"
     with pytest.raises(RunError, match="not a checkpoint of the run's model on this dataset") as caught:
-        CheckpointModel(CheckpointReader(checkpoint), ModelShape(config, 13, 26))
+        CheckpointModel(CheckpointReader(checkpoint), ModelShape.of(config, small_dataset))
     assert name in str(caught.value)
 
 
