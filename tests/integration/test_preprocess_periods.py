@@ -28,30 +28,34 @@ SCHEMA = FeatureSchema(
         LabelColumn(name="label"),
         DenseColumn(name="price", kind="float", transform="standardize", buckets={"quantiles": 5}),
         SparseColumn(name="item", kind="int"),
+        SparseColumn(name="seen", kind="int", value_separator="|", max_values=2, keep="last", table="item"),
         SparseColumn(name="tags", kind="string", value_separator="|", min_count=4, max_embeddings=14),
     ),
 )
 NO_HOLD_OUT = with_split(SCHEMA, "order", 0.0, 0.0)
+ALONE = NO_HOLD_OUT.with_columns([column for column in SCHEMA.columns if column.name != "seen"])
 RULES = {"min_count": 3, "expire_after": 2, "admit_over": 3, "max_embeddings": 60}
 PERIODS = range(5, 10)
 
 
 def read(line):
-    _, _, item, tags = line.rstrip("\n").split("\t")
-    return int(item) if item else None, tags.split("|") if tags else []
+    _, _, item, seen, tags = line.rstrip("\n").split("\t")
+    items = [int(item) if item else None, *map(int, seen.split("|")[-2:] if seen else [])]
+    return items, tags.split("|") if tags else []
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Five days whose items and tags drift."""
+    """Five days whose items and tags drift; of the items some were seen on the day before."""
     folder, found = tmp_path_factory.mktemp("logs"), {}
     for period in PERIODS:
         rng = random.Random(period)
         lines = []
         for _ in range(400):
             item = rng.choice(["", str(15 * period + min(int(rng.expovariate(0.03)), 400))])
+            seen = "|".join(str(15 * period - rng.randrange(40)) for _ in range(max(0, rng.randrange(-9, 4))))
             tags = "|".join(f"t{2 * period + int(rng.expovariate(0.1))}" for _ in range(rng.randrange(3)))
-            lines.append(f"{rng.choice('01')}\t{rng.gauss(5, 1):.4f}\t{item}\t{tags}\n")
+            lines.append(f"{rng.choice('01')}\t{rng.gauss(5, 1):.4f}\t{item}\t{seen}\t{tags}\n")
         found[period] = folder / f"day{period}.tsv"
         found[period].write_text("".join(lines))
     return found
@@ -80,7 +84,10 @@ def expected(logs):
     found, now = {}, {"item": Vocabulary(), "tags": Vocabulary()}
     for period in PERIODS:
         rows = [read(line) for line in logs[period].read_text().splitlines()]
-        values = {"item": [item for item, _ in rows], "tags": [tag for _, tags in rows for tag in tags]}
+        values = {
+            "item": [item for items, _ in rows for item in items],
+            "tags": [tag for _, tags in rows for tag in tags],
+        }
         now = {name: next_period(now[name], values[name], period, **rules[name]) for name in values}
         found[period] = now
     return found
@@ -134,7 +141,7 @@ def test_an_older_log_is_encoded_with_todays_ids_and_is_of_todays_period(logs, d
     replayed = preprocess([logs[7]], tmp_path / "again", NO_HOLD_OUT, PreprocessOptions(vocabulary=today.path))
     for key in ("period", "extends", "sparse", "expire_after", "admit_over"):
         assert getattr(replayed.manifest, key) == getattr(today.manifest, key)
-    assert oldest_version(NO_HOLD_OUT, has_period=True, has_vocabulary_of=True) == 4
+    assert oldest_version(ALONE, has_period=True, has_vocabulary_of=True) == 4
     of = replayed.manifest.vocabulary_of
     assert (of.manifest_sha256, of.extended) == (sha256_of(today.path / "dataset.json"), False)
     assert today.manifest.extends.period == 8
@@ -142,7 +149,7 @@ def test_an_older_log_is_encoded_with_todays_ids_and_is_of_todays_period(logs, d
     assert replayed.reset_ids("item").tolist() == today.reset_ids("item").tolist()
     replayed.verify()
     ids = {value: row[1] for value, row in _rows(today, "item").items()}
-    items = [read(line)[0] for line in logs[7].read_text().splitlines()]
+    items = [read(line)[0][0] for line in logs[7].read_text().splitlines()]
     found = pl.concat(pl.read_parquet(file.path) for file in replayed.splits["train"].files)["item"]
     assert sorted(found) == sorted(ids.get(item, 0) for item in items)
 
@@ -152,8 +159,8 @@ def test_what_stands_for_a_missing_number_stays_the_same_also_once_rows_lack_it(
     assert before == days[5].manifest.dense["price"]
     assert before.never_missing
     lines = logs[9].read_text().splitlines(keepends=True)
-    label, _, item, tags = lines[3].split("\t")
-    for period, text in ((10, "".join([*lines[:3], f"{label}\t\t{item}\t{tags}"])), (11, "".join(lines))):
+    label, _, *others = lines[3].split("\t")
+    for period, text in ((10, "".join([*lines[:3], "\t".join([label, "", *others])])), (11, "".join(lines))):
         (tmp_path / "log.tsv").write_text(text)
         rules = options(period, days[period - 1])
         days = {**days, period: preprocess([tmp_path / "log.tsv"], tmp_path / f"{period}", NO_HOLD_OUT, rules)}
@@ -171,14 +178,14 @@ def _rows(dataset, name):
 def test_values_of_a_dataset_without_periods_count_as_seen_in_the_one_before(logs, tmp_path):
     old = preprocess([logs[5]], tmp_path / "old", NO_HOLD_OUT)
     assert "period" not in (old.path / "dataset.json").read_text()
-    assert oldest_version(NO_HOLD_OUT) == 2
+    assert oldest_version(ALONE) == 2
     rules = {"vocabulary": old.path, "extend_vocabulary": True, "period": 8}
     new = preprocess([logs[6]], tmp_path / "new", NO_HOLD_OUT, PreprocessOptions(**rules, expire_after=2))
-    seen = {read(line)[0] for line in logs[6].read_text().splitlines()}
+    seen = {item for line in logs[6].read_text().splitlines() for item in read(line)[0]}
     table = _rows(new, "item")
     for value, (_, number, *_) in _rows(old, "item").items():
         assert table[value][1:] == [number, 7, 8 if value in seen else 7]
-    assert (oldest_version(NO_HOLD_OUT, has_period=True), new.manifest.extends.period) == (3, None)
+    assert (oldest_version(ALONE, has_period=True), new.manifest.extends.period) == (3, None)
     new = preprocess([logs[6]], tmp_path / "soon", NO_HOLD_OUT, PreprocessOptions(**rules, expire_after=1))
     assert {*_rows(new, "item")} <= seen
 
@@ -208,7 +215,7 @@ def test_the_commands_tell_what_came_and_went(logs, days, tmp_path, capsys):
     """By default the period after that of the vocabulary."""
     schema = tmp_path / "schema.toml"
     columns = [column.model_dump(exclude_none=True, exclude_defaults=True) for column in SCHEMA.columns]
-    roles = ("label", "dense", "sparse", "sparse")
+    roles = ("label", "dense", *["sparse"] * 3)
     lines = (
         ", ".join(f"{key} = {json.dumps(value)}" for key, value in {"role": role, **column}.items())
         for role, column in zip(roles, columns, strict=True)

@@ -10,7 +10,7 @@ Opening a bundle executes nothing in it: JSON, safetensors and Parquet hold only
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from glob import escape
 from pathlib import Path
@@ -73,6 +73,15 @@ class PlainIds:
 
 
 ServedVocabulary = ValueIndex | PatchedIndex | PlainIds
+
+
+def shared_vocabularies(
+    schema: FeatureSchema, vocabulary_of: Callable[[SparseColumn], ServedVocabulary]
+) -> dict[str, ServedVocabulary]:
+    """The vocabulary of each feature that is not hashed; those that share a table have one."""
+    columns = [column for column in schema.sparse if column.hash is None]
+    own = {column.name: vocabulary_of(column) for column in columns if column.table is None}
+    return {column.name: own[column.owner] for column in columns}
 
 
 class Bundle:
@@ -233,7 +242,7 @@ class Bundle:
     @cached_property
     def vocabularies(self) -> dict[str, ServedVocabulary]:
         """What maps values to ids, of each sparse feature that is not hashed: what `features.encode.encode` takes."""
-        return {column.name: self._vocabulary(column) for column in self.schema.sparse if column.hash is None}
+        return shared_vocabularies(self.schema, self._vocabulary)
 
     def _vocabulary(self, column: SparseColumn) -> ServedVocabulary:
         record = self.manifest.sparse[column.name]

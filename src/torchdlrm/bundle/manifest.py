@@ -22,7 +22,8 @@ from torchdlrm.model.model_class import ModelClassRecord
 from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
-_WITH_NEVER_MISSING, _WITH_IDS, WITH_RECALIBRATION, FORMAT_VERSION = 6, 7, 8, 9  # with settings of a model class
+_WITH_NEVER_MISSING, _WITH_IDS, WITH_RECALIBRATION, _WITH_SETTINGS = range(6, 10)
+FORMAT_VERSION = 10  # with histories
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -43,17 +44,16 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    if model.settings:
-        return FORMAT_VERSION
-    if schema.has_ids:
-        return _WITH_IDS
-    if has_never_missing:
-        return _WITH_NEVER_MISSING
-    if period is not None:
-        return _WITH_PERIOD
-    if model.interaction != "dot" or model.features or schema.needs_newer_formats:
-        return _WITHOUT_PERIOD
-    return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS
+    needed = {
+        FORMAT_VERSION: schema.has_histories,
+        _WITH_SETTINGS: model.settings,
+        _WITH_IDS: schema.has_ids,
+        _WITH_NEVER_MISSING: has_never_missing,
+        _WITH_PERIOD: period is not None,
+        _WITHOUT_PERIOD: model.interaction != "dot" or model.features or schema.needs_newer_formats,
+        _WITH_MODEL_CLASS: model_class is not None,
+    }
+    return next((version for version, is_needed in needed.items() if is_needed), _WITHOUT_MODEL_CLASS)
 
 
 class Frozen(BaseModel):
@@ -178,7 +178,7 @@ class StoredFile(Frozen):
 
 
 class ServedFeature(Frozen):
-    """A sparse feature.
+    """A sparse feature; one that shares another's table has the same record.
 
     Attributes:
         num_embeddings: its ids: rows of its table, where it has one.
@@ -294,20 +294,7 @@ class BundleManifest(SealedJson):
             if list(records) != [column.name for column in columns]:
                 msg = f"{key} does not have the {key} columns of the schema in their order"
                 raise ValueError(msg)
-        for column in schema.sparse:
-            record = self.sparse[column.name]
-            if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
-                msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
-                raise ValueError(msg)
-            if column.buckets is not None and not column.buckets.is_fitted:
-                msg = f"sparse.{column.name}: its buckets are quantiles without boundaries"
-                raise ValueError(msg)
-            if column.hash is None and record.index is None and column.value_kind.is_text:
-                msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
-                raise ValueError(msg)
-            if column.hash is not None and column.hash > record.num_embeddings:
-                msg = f"sparse.{column.name}: hashed into {column.hash:,} rows, its table has {record.num_embeddings:,}"
-                raise ValueError(msg)
+        self._check_sparse()
         dim, num_vectors = model.embedding_dim, len(self.sparse) + 2
         if dim % 4 or model.dense_arch_layer_sizes[-1] != dim or model.over_arch_layer_sizes[-1] != 1:
             msg = f"model: embedding_dim {dim} is no multiple of 4, or the arches do not end with it and with 1"
@@ -327,6 +314,25 @@ class BundleManifest(SealedJson):
             msg = f"recalibration: by {by}, which is no sparse feature of one value"
             raise ValueError(msg)
         return self
+
+    def _check_sparse(self) -> None:
+        for column in self.feature_schema.sparse:
+            record = self.sparse[column.name]
+            if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
+                msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
+                raise ValueError(msg)
+            if record != self.sparse[column.owner]:
+                msg = f"sparse.{column.name}: has another table or vocabulary than {column.owner}, which it shares"
+                raise ValueError(msg)
+            if column.buckets is not None and not column.buckets.is_fitted:
+                msg = f"sparse.{column.name}: its buckets are quantiles without boundaries"
+                raise ValueError(msg)
+            if column.hash is None and record.index is None and column.value_kind.is_text:
+                msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
+                raise ValueError(msg)
+            if column.hash is not None and column.hash > record.num_embeddings:
+                msg = f"sparse.{column.name}: hashed into {column.hash:,} rows, its table has {record.num_embeddings:,}"
+                raise ValueError(msg)
 
     def check_names(self, folder: Path) -> None:
         """See that files which are named have checksums, and lie in the folder.

@@ -6,13 +6,14 @@ files, mapped as before.  Nothing is written: a server may have no folder for it
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchdlrm.bundle.bundle import Bundle, PlainIds, ServedVocabulary
+from torchdlrm.bundle.bundle import Bundle, PlainIds, ServedVocabulary, shared_vocabularies
 from torchdlrm.bundle.delta import FILES_FOLDER, Delta
 from torchdlrm.bundle.delta_vocabulary import read_values
 from torchdlrm.bundle.manifest import SAMPLE_NAME
@@ -54,9 +55,7 @@ class PatchedBundle(Bundle):
             raise BundleError(msg)
         weights = PatchedWeights(before.weights, delta)
         super().__init__(delta.path, result, before.verifier, before.files, before.architecture, weights)
-        self.vocabularies = {
-            column.name: _vocabulary(before, delta, column) for column in self.schema.sparse if column.hash is None
-        }
+        self.vocabularies = shared_vocabularies(self.schema, partial(_vocabulary, before, delta))
         sample = delta.manifest.files.get(SAMPLE_NAME)
         is_kept = sample is not None and sample.how == "base"
         self._sample = before.sample() if is_kept else self._read_sample(delta.path / FILES_FOLDER / SAMPLE_NAME)
@@ -73,7 +72,8 @@ class PatchedBundle(Bundle):
 
     @property
     def _patched_indexes(self) -> list[PatchedIndex]:
-        return [index for index in self.vocabularies.values() if isinstance(index, PatchedIndex)]
+        indexes = {id(index): index for index in self.vocabularies.values() if isinstance(index, PatchedIndex)}
+        return list(indexes.values())
 
 
 def _vocabulary(before: Bundle, delta: Delta, column: SparseColumn) -> ServedVocabulary:

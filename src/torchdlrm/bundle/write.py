@@ -207,6 +207,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, str]]:
     """Copy the vocabularies of a dataset to `folder`/vocabulary, and write an index of each.
 
+    Features that share a table have one, by the name of its owner.
+
     Where values come and go only values and ids are copied: counts and periods change whenever a value is seen, and
     would be most of a delta.
 
@@ -215,8 +217,9 @@ def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, st
     """
     (folder / _VOCABULARY_FOLDER).mkdir()
     paths = {}
-    for feature, sparse in dataset.manifest.sparse.items():
-        if sparse.vocabulary is not None:
+    for column in dataset.schema.sparse:
+        feature, sparse = column.name, dataset.manifest.sparse[column.owner]
+        if column.table is None and sparse.vocabulary is not None:
             table, index = f"{_VOCABULARY_FOLDER}/{feature}.parquet", f"{_VOCABULARY_FOLDER}/{feature}.index"
             shutil.copyfile(dataset.file(sparse.vocabulary), folder / table)
             if sha256_of(folder / table) != sparse.vocabulary.sha256:
@@ -227,4 +230,5 @@ def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, st
                 vocabulary.write(folder / table, ("value", "id"))
             write_index(vocabulary, folder / index)
             paths[feature] = (table, index)
-    return paths
+    shared = {column.name: column.table for column in dataset.schema.sparse if column.table in paths}
+    return paths | {name: paths[owner] for name, owner in shared.items()}

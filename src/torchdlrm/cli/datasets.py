@@ -74,7 +74,7 @@ def _print_turnover(manifest: "Manifest", summary: "DatasetSummary") -> None:
             "counts of others": f"{feature.turnover.candidates:,}",
         }
         for name, feature in summary.sparse.items()
-        if feature.turnover is not None
+        if feature.turnover is not None and feature.table is None
     ]
     print_table("", rows)
 
@@ -132,7 +132,7 @@ def _print_summary(summary: "DatasetSummary") -> None:
     print_table("", rows)
     frequent = "most frequent\nand their share %"
     rows = [
-        {"feature": name, "table\nrows": f"{feature.num_embeddings:,}"}
+        {"feature": name, "table\nrows": feature.table_size}
         | {unknown: percents(feature.unknown_share), missing: percents(feature.missing_share)}
         | {drift: drifts(feature.drift), frequent: ", ".join(map(_frequent, feature.most_frequent))}
         for name, feature in summary.sparse.items()

@@ -146,10 +146,10 @@ def _print_summary(dataset: Dataset, phases: Sequence[Mapping[str, Any]]) -> Non
     print_table("", rows, ("split", "rows", *rates, "files"))
     say(f"split: {manifest.split_rule}")
     say(
-        f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.num_embeddings.values()):,} rows in all, "
+        f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.table_rows.values()):,} rows in all, "
         f"the largest {max(dataset.num_embeddings.values()):,}"
     )
-    if turnovers := [record.turnover for record in manifest.sparse.values() if record.turnover is not None]:
+    if turnovers := [found for name in dataset.table_rows if (found := manifest.sparse[name].turnover) is not None]:
         admitted, expired = sum(found.admitted for found in turnovers), sum(found.expired for found in turnovers)
         say(f"period {manifest.period}: {admitted:,} values got ids, {expired:,} lost theirs")
     seconds = sum(phase["seconds"] for phase in phases)

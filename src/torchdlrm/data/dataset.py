@@ -31,7 +31,8 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.storage import mirror, places
 from torchdlrm.toml import did_you_mean
 
-_FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, FORMAT_VERSION = range(1, 7)
+_FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, _WITH_IDS = range(1, 7)
+FORMAT_VERSION = 7  # with histories
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
@@ -48,8 +49,10 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    if schema.has_ids:
+    if schema.has_histories:
         return FORMAT_VERSION
+    if schema.has_ids:
+        return _WITH_IDS
     if has_never_missing:
         return _WITH_NEVER_MISSING
     if has_vocabulary_of:
@@ -121,6 +124,7 @@ class SparseRecord(_Frozen):
     """A sparse feature: the rows of its table, and its vocabulary; None where values are hashed or came as ids.
 
     `turnover` is there where values come and go.  Then the table may have more rows than the vocabulary has values.
+    A feature that shares the table of another one has the same record, with the same files.
     """
 
     num_embeddings: int
@@ -206,8 +210,8 @@ class Manifest(_Frozen):
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the dataset but the manifest."""
-        vocabularies = tuple(file for record in self.sparse.values() for file in record.files)
-        return vocabularies + tuple(file for split in self.splits.values() for file in split.files)
+        vocabularies = dict.fromkeys(file for record in self.sparse.values() for file in record.files)
+        return (*vocabularies, *(file for split in self.splits.values() for file in split.files))
 
     def to_json(self) -> str:
         """Return the text of `dataset.json`."""
@@ -296,6 +300,11 @@ class Dataset:
         return {column.name: self.manifest.sparse[column.name].num_embeddings for column in self.schema.sparse}
 
     @property
+    def table_rows(self) -> dict[str, int]:
+        """Rows of each table, by the feature that owns it; others may share it."""
+        return {column.owner: self.manifest.sparse[column.owner].num_embeddings for column in self.schema.sparse}
+
+    @property
     def period(self) -> int | None:
         """The number of the period that its vocabularies are of; None where values do not come and go."""
         return self.manifest.period
@@ -330,7 +339,7 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: its splits."""
-        label, embeddings = self.label_name, self.num_embeddings
+        label = self.label_name
         rows = [
             {
                 "split": name,
@@ -339,8 +348,8 @@ class Dataset:
             }
             for name, split in self.manifest.splits.items()
         ]
-        facts = {"label": label, "dense": len(self.dense_names), "sparse": len(embeddings)}
-        return notebook_view(f"dataset {self.path}", facts | {"rows of tables": sum(embeddings.values())}, rows)
+        facts = {"label": label, "dense": len(self.dense_names), "sparse": len(self.sparse_names)}
+        return notebook_view(f"dataset {self.path}", facts | {"rows of tables": sum(self.table_rows.values())}, rows)
 
     def vocabulary(self, name: str) -> Vocabulary:
         """The vocabulary of a sparse feature.

@@ -139,8 +139,10 @@ def _named_rows(dataset: Dataset) -> dict[str, float]:
     """Features with nearly as many values as training rows, and which fraction of the rows has its own."""
     train = dataset.manifest.splits["train"]
     found = {}
-    for name, record in dataset.manifest.sparse.items():
-        if record.vocabulary is not None and name not in train.values:
+    for column in dataset.schema.sparse:
+        name, record = column.name, dataset.manifest.sparse[column.name]
+        is_shared = len(dataset.schema.sharing(column.owner)) > 1  # whose values may all be another column's
+        if record.vocabulary is not None and name not in train.values and not is_shared:
             fraction = max(train.unknown_rate(name), record.num_values / max(1, train.rows))
             if fraction > _NEARLY_ALL:
                 found[name] = min(1.0, fraction)

@@ -63,7 +63,7 @@ def dataset_page(dataset: Dataset) -> str:
         "rows": sum(rows.values()),
         "dense features": len(summary.dense),
         "sparse features": len(summary.sparse),
-        "rows of all tables": sum(dataset.num_embeddings.values()),
+        "rows of all tables": sum(dataset.table_rows.values()),
         "bad rows, which were skipped": manifest.bad_rows.total,
     }
     cards = ((name, f"{number:,}") for name, number in entries.items())
@@ -130,6 +130,6 @@ def _frequencies(summary: DatasetSummary) -> list[dict[str, str]]:
         rows.append(
             {"feature": name, "most frequent value": value or "-", "the top 10": bars([1.0, known.get(10, most)])[1]}
             | {f"top {size:,}, %": show_number(100 * known.get(size, most), 1) for size in _COVERED}
-            | {"rows of its table": f"{feature.num_embeddings:,}"}
+            | {"rows of its table": feature.table_size}
         )
     return rows

@@ -55,6 +55,7 @@ class Turnover:
 class SparseSummary:
     """A sparse feature; shares are of the rows of each split.  A missing value without an id is unknown as well.
 
+    Where `table` is the name of another feature, it shares that one's vocabulary and table.
     Where a row has several values, the unknown share is of the values.  `drift` is how far the distribution in a split
     is from that in train (`torchdlrm.preprocessing.tally`).  `num_values` have an id by the vocabulary.  Without one,
     there are no most frequent values.  `coverage` is the share of the training values that have one of the most
@@ -69,6 +70,12 @@ class SparseSummary:
     drift: dict[SplitName, float]
     most_frequent: tuple[FrequentValue, ...]
     coverage: dict[int, float]
+    table: str | None = None
+
+    @property
+    def table_size(self) -> str:
+        """The rows of its table, or whose table it shares, for people."""
+        return f"{self.num_embeddings:,}" if self.table is None else f"as {self.table}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
     """
     splits = dataset.manifest.splits
     sparse = {}
-    for name, num_embeddings in dataset.num_embeddings.items():
+    for column in dataset.schema.sparse:
+        name, num_embeddings = column.name, dataset.num_embeddings[column.name]
         most_frequent, coverage = _frequencies(dataset, name, num_values)
         sparse[name] = SparseSummary(
             num_embeddings=num_embeddings,
@@ -99,6 +107,7 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
             drift={split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()},
             most_frequent=most_frequent,
             coverage=coverage,
+            table=column.table,
         )
     return DatasetSummary(
         splits={
@@ -125,7 +134,8 @@ def _frequencies(dataset: Dataset, name: str, num_values: int) -> tuple[tuple[Fr
     train = dataset.manifest.splits["train"]
     vocabulary = dataset.vocabulary(name)
     table = vocabulary.table.with_columns(vocabulary.text_values().alias("value"))
-    counted = train.values.get(name, train.rows)
+    owner = next(column.owner for column in dataset.schema.sparse if column.name == name)
+    counted = sum(train.values.get(column.name, train.rows) for column in dataset.schema.sharing(owner))
     if dataset.period is not None:
         table, counted = table.sort("count", descending=True, maintain_order=True), int(table["count"].sum())
     rows = table.head(num_values).select("value", "count", "id").iter_rows()

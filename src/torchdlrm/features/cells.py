@@ -338,7 +338,8 @@ def _values_of_lists(cells: pl.Series, column: SparseColumn) -> pl.DataFrame:
     if column.null_values:
         flat = flat.filter(~pl.col("value").is_in(column.null_values))
     if column.max_values is not None:
-        flat = flat.group_by("row", maintain_order=True).head(column.max_values)
+        by_row = flat.group_by("row", maintain_order=True)
+        flat = by_row.head(column.max_values) if column.keep is None else by_row.tail(column.max_values)
     return flat
 
 

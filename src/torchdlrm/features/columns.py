@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import polars as pl
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from torchdlrm.features.buckets import Buckets
 from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
@@ -114,6 +114,8 @@ MaxEmbeddings = Annotated[
     int | None, Field(ge=2, validation_alias=AliasChoices("max_embeddings", "max_rows"), serialization_alias="max_rows")
 ]
 HashSize = Annotated[int, Field(ge=1, lt=2**31)]
+# "first" is what an older schema means by saying nothing, and is written as that.
+Keep = Annotated[Literal["first", "last"] | None, AfterValidator(lambda keep: None if keep == "first" else keep)]
 
 
 class DenseColumn(_FeatureColumn):
@@ -148,7 +150,10 @@ class SparseColumn(_FeatureColumn):
     largest id of the log.
 
     A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
-    `max_values` count; with a `weight_separator` each may end with it and a weight, which multiplies its embedding.
+    `max_values` count, or with `keep` "last" the last ones, which are the newest where a cell is a history; with a
+    `weight_separator` each may end with it and a weight, which multiplies its embedding.
+    `table` names another sparse column: this one's values are counted with that one's, and have the same ids and
+    embeddings.
     `min_count` and `max_embeddings` override the job's; `hash` numbers values by a hash into that many rows instead of
     by a vocabulary.
     """
@@ -158,11 +163,18 @@ class SparseColumn(_FeatureColumn):
     value_separator: Annotated[str, Field(min_length=1)] | None = None
     weight_separator: Annotated[str, Field(min_length=1)] | None = None
     max_values: Annotated[int, Field(ge=1)] | None = None
+    keep: Keep = None
+    table: ColumnName | None = None
     min_count: MinCount | None = None
     max_embeddings: MaxEmbeddings = None
     hash: HashSize | None = None
     num_embeddings: HashSize | None = None
     buckets: Buckets | None = None
+
+    @property
+    def owner(self) -> str:
+        """The column whose vocabulary and table it has: the one that `table` names, or itself."""
+        return self.table or self.name
 
     @property
     def has_vocabulary(self) -> bool:
@@ -222,6 +234,9 @@ class SparseColumn(_FeatureColumn):
         if self.max_values is not None and self.value_separator is None:
             msg = "max_values needs value_separator, the text between two values of a cell"
             raise ValueError(msg)
+        if self.keep is not None and self.max_values is None:
+            msg = "keep needs max_values, the number of values that are kept"
+            raise ValueError(msg)
         if self.weight_separator is not None and self.weight_separator == (self.value_separator or ""):
             msg = "weight_separator must be another text than value_separator"
             raise ValueError(msg)
@@ -236,6 +251,10 @@ class SparseColumn(_FeatureColumn):
             raise ValueError(msg)
         if self.num_embeddings is not None and self.kind != "id":
             msg = "num_embeddings is for kind id; other kinds have max_embeddings, or hash"
+            raise ValueError(msg)
+        given = [key for key in ("min_count", "max_embeddings", "buckets") if getattr(self, key) is not None]
+        if given and self.table is not None:
+            msg = f"{given[0]} is not for a column with table = {self.table!r}, whose ids are that column's"
             raise ValueError(msg)
         given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
         if given and self.kind == "id":

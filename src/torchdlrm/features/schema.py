@@ -34,7 +34,7 @@ from torchdlrm.features.columns import (
     WeightColumn,
     bucket_feature,
 )
-from torchdlrm.toml import explain
+from torchdlrm.toml import did_you_mean, explain
 
 NUM_CRITEO_DENSE = 13
 NUM_CRITEO_SPARSE = 26
@@ -88,6 +88,7 @@ class FeatureSchema(Frozen):
                 msg = f"column {names.index(feature.name) + 1} has the name of the buckets of {feature.raw_name}; "
                 msg += "give one of them another"
                 raise ValueError(msg)
+        self._share_tables()
         if not self.separator.isascii() or self.separator in '\r\n\0"':
             msg = f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
             raise ValueError(msg)
@@ -102,6 +103,33 @@ class FeatureSchema(Frozen):
         if not self.sparse:
             raise ValueError("at least one column must have the role 'sparse': a DLRM is built of embedding tables")
         return self
+
+    def _share_tables(self) -> None:
+        """See that columns with a `table` can share that one's, and give them the size that it has."""
+        sparse = {column.name: column for column in self.sparse_columns}
+        changed: dict[str, Column] = {}
+        for name, column in sparse.items():
+            if column.table is None:
+                continue
+            owner, what = sparse.get(column.table), f"column {name}: table = {column.table!r}"
+            if owner is None:
+                msg = f"{what}: there is no such sparse column{did_you_mean(column.table, sparse)}"
+                raise ValueError(msg)
+            if owner.table is not None:
+                hint = "leave it out" if owner.table == name else f"write table = {owner.table!r}"
+                msg = f"{what}: shares a table itself; {hint}"
+                raise ValueError(msg)
+            if owner.buckets is not None:
+                msg = f"{what}: has buckets; a table is shared by columns whose values themselves get ids"
+                raise ValueError(msg)
+            for key in ("kind", "hash", "num_embeddings"):
+                ours, theirs = getattr(column, key), getattr(owner, key)
+                if ours not in (theirs, None):
+                    msg = f"{what}: has {key} {theirs}, this one {ours}; values of one table are of one {key}"
+                    raise ValueError(msg)
+            changed[name] = column.model_copy(update={"hash": owner.hash, "num_embeddings": owner.num_embeddings})
+        # Each column has its table's size from here on, too.
+        object.__setattr__(self, "columns", tuple(changed.get(column.name, column) for column in self.columns))
 
     def _with_null_values(self, column: Column) -> Column:
         if column.null_values is not None or isinstance(column, IgnoredColumn):
@@ -180,6 +208,16 @@ class FeatureSchema(Frozen):
     def has_ids(self) -> bool:
         """Whether a column's values are ids already."""
         return any(column.kind == "id" for column in self.sparse_columns)
+
+    @property
+    def has_histories(self) -> bool:
+        """Whether columns share a table, or keep the last of their values."""
+        return any(column.table is not None or column.keep is not None for column in self.sparse_columns)
+
+    def sharing(self, owner: str) -> tuple[SparseColumn, ...]:
+        """The columns that have the vocabulary and the table of one: itself first, then those that share them."""
+        found = [column for column in self.sparse if column.owner == owner]
+        return tuple(sorted(found, key=lambda column: column.name != owner))
 
     @property
     def needs_newer_formats(self) -> bool:

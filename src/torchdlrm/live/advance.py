@@ -34,6 +34,7 @@ from torchdlrm.errors import LiveError
 from torchdlrm.evaluation.predictions import SCORES_NAME
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import publish_folder, remove_folder, sync, write_atomically
@@ -349,7 +350,10 @@ class _Period:
             rows=sum(split.rows for split in splits),
             clicks=sum(split.clicks_of(dataset.label_name) for split in splits),
             progressive=draft.progressive,
-            features={name: self._feature(name, sparse) for name, sparse in dataset.manifest.sparse.items()},
+            features={
+                column.name: self._feature(column, dataset.manifest.sparse[column.name])
+                for column in dataset.schema.sparse
+            },
             gate=gate,
             published=gate.passed,
             recalibration=recalibration,
@@ -357,14 +361,15 @@ class _Period:
             delta_bytes=delta_bytes or None,
         )
 
-    def _feature(self, name: str, sparse: SparseRecord) -> FeatureRecord:
-        turnover = sparse.turnover
+    def _feature(self, column: SparseColumn, sparse: SparseRecord) -> FeatureRecord:
+        is_owner = column.table is None  # what a vocabulary has is said once
+        turnover = sparse.turnover if is_owner else None
         return FeatureRecord(
             num_embeddings=sparse.num_embeddings,
-            values_in_use=None if sparse.vocabulary is None else sparse.num_values,
+            values_in_use=sparse.num_values if is_owner and sparse.vocabulary is not None else None,
             admitted=0 if turnover is None else turnover.admitted,
             expired=0 if turnover is None else turnover.expired,
-            unseen_fraction=self.draft.unseen_fraction.get(name),
+            unseen_fraction=self.draft.unseen_fraction.get(column.name),
         )
 
 

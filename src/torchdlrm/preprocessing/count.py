@@ -35,24 +35,28 @@ from torchdlrm.storage.reading import read_each
 
 @dataclass(frozen=True)
 class ValueRange:
-    """The partitions `start` to `end` of a feature's values; the last range of a feature ends it."""
+    """The partitions `start` to `end` of a feature's values; the last range of a feature ends it.
+
+    Values that other columns share are counted together: `sharing` are these columns.
+    """
 
     column: SparseColumn
     index: int
     start: int
     end: int
+    sharing: tuple[SparseColumn, ...] = ()
 
     @property
     def name(self) -> str:
         """A name for files and tasks."""
         return f"{self.column.name}-{self.index:03d}"
 
-    def of_chunk(self, sections: Sections) -> tuple[pa.Table, slice]:
-        """All values of a chunk, and where among them those of this range stand."""
-        table = sections.table(f"values/{self.column.name}")
-        if f"bounds/{self.column.name}" not in sections:
+    def of_chunk(self, sections: Sections, column: SparseColumn) -> tuple[pa.Table, slice]:
+        """All values of a column of a chunk, and where among them those of this range stand."""
+        table = sections.table(f"values/{column.name}")
+        if f"bounds/{column.name}" not in sections:
             return table, slice(0, table.num_rows)
-        starts = sections.table(f"bounds/{self.column.name}")["start"]
+        starts = sections.table(f"bounds/{column.name}")["start"]
         return table, slice(starts[self.start].as_py(), starts[self.end].as_py())
 
 
@@ -69,16 +73,18 @@ def training_counts(values: ValueRange, chunks: Sequence[ChunkFile], split: RowS
 
 
 def training_values(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> Iterator[pl.DataFrame]:
-    """For each chunk value and count (Int64, of its training rows) of the values of a range."""
+    """For each chunk value and count (Int64, of its training rows) of the values of a range, column after column."""
 
     def read(chunk: ChunkFile) -> pl.DataFrame:
-        sections = Sections(chunk.path)
-        table, here = values.of_chunk(sections)
-        frame = pl.DataFrame(table[here])
-        if chunk.rows_of_split[0] < chunk.num_rows:
-            counts = _counts_of_chunk(values.column, chunk, split, sections, table.num_rows)
-            frame = frame.with_columns(pl.Series("count", counts[here]))
-        return frame.with_columns(pl.col("count").cast(pl.Int64))
+        sections, frames = Sections(chunk.path), []
+        for column in (values.column, *values.sharing):
+            table, here = values.of_chunk(sections, column)
+            frame = pl.DataFrame(table[here])
+            if chunk.rows_of_split[0] < chunk.num_rows:
+                counts = _counts_of_chunk(column, chunk, split, sections, table.num_rows)
+                frame = frame.with_columns(pl.Series("count", counts[here]))
+            frames.append(frame.with_columns(pl.col("count").cast(pl.Int64)))
+        return pl.concat(frames)
 
     return read_each([chunk for chunk in chunks if chunk.rows_of_split[0]], read)
 
@@ -158,7 +164,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
 
     def read(chunk: ChunkFile) -> pl.Series:
         sections = Sections(chunk.path)
-        table, here = values.of_chunk(sections)
+        table, here = values.of_chunk(sections, values.column)
         return stored_categories(pl.Series("value", table[here]["value"]), values.column)
 
     for found in read_each(chunks, read):

@@ -260,13 +260,14 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
 
 
 def _numbering(column: SparseColumn) -> tuple[object, ...]:
-    """What the values that get ids are, and whether by a hash."""
-    return column.kind, column.hash, None if column.buckets is None else column.buckets.asked
+    """What the values that get ids are, whether by a hash, and whose ids they are."""
+    return column.kind, column.hash, column.table, None if column.buckets is None else column.buckets.asked
 
 
 def _described(column: SparseColumn) -> str:
     buckets = "" if column.buckets is None else f", buckets {column.buckets}"
-    return f"kind {column.kind}, hash {column.hash}{buckets}"
+    table = "" if column.table is None else f", table {column.table}"
+    return f"kind {column.kind}, hash {column.hash}{table}{buckets}"
 
 
 def _cannot_write(out: Path, error: OSError) -> str:

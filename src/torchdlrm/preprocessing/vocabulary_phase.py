@@ -59,7 +59,7 @@ class VocabularyPhase:
         )
         self.job.progress.start_phase("count", 2 * num_values, "values")
         self._fit_quantiles(split, chunks, read)
-        counted = [column for column in self.job.schema.sparse if column.has_vocabulary]
+        counted = [column for column in self.job.schema.sparse if column.has_vocabulary and column.table is None]
         ranges = {column.name: self._ranges(column, read) for column in counted}
         counted_ranges = {name: self._counted_ranges(found) for name, found in ranges.items()}
         counts_anything = self.job.known is None or self.job.options.extend_vocabulary
@@ -74,24 +74,33 @@ class VocabularyPhase:
         if counts_anything:
             tasks = [self._assign_task(column, counted_ranges[column.name]) for column in counted]
             list(self.job.workers.run(tasks, self.job.work))
+        looked_up = {
+            column.name: [replace(values, column=column, sharing=()) for values in ranges[column.owner]]
+            for column in self.job.schema.sparse
+            if column.has_vocabulary
+        }
         tasks = [
             Task(
                 f"look-up-{values.name}",
                 look_up_values,
                 (values, chunks, self._table(values), self.job.work.pieces / "ids" / values.name),
             )
-            for column in counted
-            for values in ranges[column.name]
+            for found in looked_up.values()
+            for values in found
         ]
         for result in self.job.workers.run(tasks, self.job.work):
             self.job.progress.advance(result["values"])
-        ids = {name: [self.job.work.pieces / "ids" / values.name for values in found] for name, found in ranges.items()}
+        folder = self.job.work.pieces / "ids"
+        ids = {name: [folder / values.name for values in found] for name, found in looked_up.items()}
         return {column.name: self._sparse_record(column, read) for column in self.job.schema.sparse}, ids
 
     def _ranges(self, column: SparseColumn, read: Sequence[Result]) -> list[ValueRange]:
         """Cut a feature's values so that a range fits the memory of a task."""
-        values = sum(result["num_values"][column.name] for result in read)
-        value_bytes = sum(result["value_bytes"][column.name] for result in read)
+        columns = self.job.schema.sharing(column.name)
+        values, value_bytes = (
+            sum(result[what][each.name] for result in read for each in columns)
+            for what in ("num_values", "value_bytes")
+        )
         if self.job.options.extend_vocabulary and self.job.known is not None:
             known_rows = sum(file.rows for file in self._known_record(column).files)
             values, value_bytes = values + known_rows, value_bytes + 12 * known_rows
@@ -102,7 +111,7 @@ class VocabularyPhase:
         partitions = self.job.sizing.num_partitions
         count = min(partitions, max(1, -(-weight // self.job.sizing.values_per_task)))
         edges = [i * partitions // count for i in range(count + 1)]
-        return [ValueRange(column, i, edges[i], edges[i + 1]) for i in range(count)]
+        return [ValueRange(column, i, edges[i], edges[i + 1], columns[1:]) for i in range(count)]
 
     def _counted_ranges(self, ranges: list[ValueRange]) -> list[ValueRange]:
         """The ranges whose values are counted by themselves; equal buckets of numbers may be in all of them."""
@@ -122,8 +131,8 @@ class VocabularyPhase:
 
     def _table(self, values: ValueRange) -> Path:
         """Value and id of the values of a range; of buckets, which are few, there is one for all ranges."""
-        first = replace(values, index=0) if values.column.needs_fit else values
-        return self.job.work.pieces / "counts" / f"{first.name}-ids"
+        index = 0 if values.column.needs_fit else values.index
+        return self.job.work.pieces / "counts" / f"{values.column.owner}-{index:03d}-ids"
 
     def _known_table(self, values: ValueRange, what: str = "known") -> Path:
         """Value and id in the known dataset of a range that it extends; or `what` else there is of it."""
@@ -196,11 +205,11 @@ class VocabularyPhase:
             return SparseRecord(num_embeddings=column.hash or self._table_of_ids(column, read), vocabulary=None)
         if self.job.known is not None and not self.job.options.extend_vocabulary:
             record = self._known_record(column)
-            for file in record.files:
+            for file in record.files if column.table is None else ():
                 with replacing(self.job.dataset_folder / file.path) as copy:
                     shutil.copyfile(fetch(self._known_file(file)), copy)
             return record
-        result = self.job.work.result(f"assign-{column.name}")
+        result = self.job.work.result(f"assign-{column.owner}")
         assert result is not None, "its values have ids"
         records = {what: FileRecord(**record) for what, record in result["records"].items()}
         vocabulary, turnover = records.pop("vocabulary"), None
@@ -210,7 +219,9 @@ class VocabularyPhase:
 
     def _table_of_ids(self, column: SparseColumn, read: Sequence[Result]) -> int:
         """The rows of the table of a feature whose values are ids."""
-        rows = column.num_embeddings or max((result["largest_ids"][column.name] for result in read), default=0) + 1
+        names = [each.name for each in self.job.schema.sharing(column.owner)]
+        largest = max((result["largest_ids"][name] for result in read for name in names), default=0)
+        rows = column.num_embeddings or largest + 1
         if self.job.known is None:
             return rows
         known_rows = self._known_record(column).num_embeddings

@@ -106,7 +106,7 @@ def find_source(
         )
         raise RunError(msg)
     _check_fits(theirs, run.config, dataset, architecture)
-    resets = dataset.sparse_names if _extends(dataset, theirs) else ()
+    resets = dataset.table_rows if _extends(dataset, theirs) else ()
     num_reset = {name: found for name in resets if (found := len(dataset.reset_ids(name)))}
     new: WarmStartRecord = {"run": places.shown(path), "step": chosen.step, "checkpoint": chosen.kind, "sha256": sha256}
     return SourceRun(recorded or new, num_reset)
@@ -206,7 +206,7 @@ def _other_meanings(theirs: Dataset, ours: Dataset, *, extends: bool) -> Iterato
             )
     for name, new in zip(ours.sparse_names, ours.schema.sparse, strict=True):
         old = next(column for column in theirs.schema.sparse if column.name == name)
-        for key in ("kind", "buckets", "hash", "is_multi_valued"):
+        for key in ("kind", "buckets", "hash", "table", "is_multi_valued"):
             if getattr(old, key) != getattr(new, key):
                 yield f"feature {name}: {key} is {shown(getattr(new, key))}, and was {shown(getattr(old, key))}"
                 break

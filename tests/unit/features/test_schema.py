@@ -54,6 +54,40 @@ rule = "order"
         ('"city"', '"price"', "columns 2 and 3 are both named 'price'"),
         ('"city"', '"city", max_values = 3', "column 3 (city): max_values needs value_separator"),
         ('"city"', '"city", num_embeddings = 3', "column 3 (city): num_embeddings is for kind id"),
+        ('"city"', '"city", keep = "last"', "column 3 (city): keep needs max_values, the number of values"),
+        (
+            '"city"',
+            '"city", table = "citi"',
+            "column city: table = 'citi': there is no such sparse column; did you mean",
+        ),
+        ('"city"', '"city", table = "city"', "column city: table = 'city': shares a table itself; leave it out"),
+        ('"city"', '"city", table = "price"', "column city: table = 'price': there is no such sparse column"),
+        ('"city"', '"city", table = "x", min_count = 2', "column 3 (city): min_count is not for a column with table"),
+        *(
+            (
+                "columns = [",
+                f"""columns = [
+                    {{ role = "sparse", name = "x"{owner} }},
+                    {{ role = "sparse", name = "y", table = "x"{sharing} }},
+                """,
+                f"column y: table = 'x': {message}",
+            )
+            for owner, sharing, message in (
+                (', kind = "int"', "", "has kind int, this one string; values of one table are of one kind"),
+                (', table = "city"', "", "shares a table itself; write table = 'city'"),
+                (
+                    ', kind = "int", buckets = "log_square"',
+                    ', kind = "int"',
+                    "has buckets; a table is shared by columns whose",
+                ),
+                (
+                    ", hash = 9",
+                    ", hash = 8",
+                    "has hash 9, this one 8; values of one table are of one hash",
+                ),
+                ("", ", hash = 8", "has hash None, this one 8"),
+            )
+        ),
         ('kind = "string"', 'kind = "id", hash = 3', "column 3 (city): hash is not for kind id"),
         ('"click"', '"click", threshold = "x"', "column 1 (click): threshold: must be a valid number, got 'x'"),
         ('"label"', '"ignore"', "at least one column must have the role 'label'"),
@@ -91,7 +125,9 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 COLUMN = {"role": "sparse", "name": "city", "kind": "string"}
-KEYS = st.sampled_from(["role", "name", "kind", "threshold", "value_separator", "max_values", "hash", "x", ""])
+KEYS = st.sampled_from(
+    ["role", "name", "kind", "threshold", "value_separator", "max_values", "keep", "table", "hash", "x", ""]
+)
 
 
 @given(
@@ -132,3 +168,20 @@ def test_a_schema_that_was_written_is_read_as_it_was(tmp_path, name):
     schema = load_schema(name if name in PRESETS else path)
     path.write_text(schema_toml(schema))
     assert load_schema(path) == schema
+
+
+def test_a_column_that_shares_a_table_has_its_size_and_first_is_what_saying_nothing_means():
+    columns = [
+        {"role": "label", "name": "y"},
+        {"role": "sparse", "name": "seen", "kind": "id", "value_separator": "|", "table": "item", "max_values": 2},
+        {"role": "sparse", "name": "item", "kind": "id", "num_embeddings": 7},
+        {"role": "sparse", "name": "shops", "value_separator": "|", "table": "shop", "keep": "first", "max_values": 2},
+        {"role": "sparse", "name": "shop", "hash": 5},
+    ]
+    schema = FeatureSchema.model_validate({"name": "shared", "columns": columns})
+    seen, _, shops, _ = schema.sparse
+    assert (seen.num_embeddings, shops.hash, shops.keep) == (7, 5, None)
+    assert [column.name for column in schema.sharing("item")] == ["item", "seen"]
+    content = schema.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert "keep" not in content["columns"][3]
+    assert FeatureSchema.model_validate(content) == schema
