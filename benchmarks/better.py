@@ -1,0 +1,243 @@
+"""What makes one small model better on a real log: settings and over arches, each beside today's, by paired seeds.
+
+    python benchmarks/better.py train.txt --folder better --seeds 10
+
+The log is cut four times, each time to its first six sevenths: a training of each cut is judged on the rows that follow
+it (val and test of the schema's rule), so four blocks of rows are judged, and none twice. Every variant trains
+`criteo-small` on each cut with the same seeds, with numbers as they are (`plain`) and also as categories (`bucketed`).
+A seed's AUC is its mean over the blocks, and that of the last block alone, which is trained on most rows. Differences
+from the first variant are paired by seed; their intervals are of Student's t over the seeds.
+
+Each training appends a line to runs.jsonl in the folder; those that are there already are not repeated.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
+
+import numpy as np
+from scipy import stats
+
+from torchdlrm import Dataset, binary_metrics, evaluate, load_config, preprocess, train
+
+SCHEMAS = {"plain": "criteo", "bucketed": "criteo-bucketed"}
+CUTS = 4
+ZOO = Path(__file__).parents[1] / "examples" / "zoo"
+AVERAGED = 8  # checkpoints, over the last 30 % of the steps
+
+
+class Variant(NamedTuple):
+    """What differs from criteo-small; `is_averaged`: predictions are of the mean of checkpoints' weights."""
+
+    settings: Mapping[str, Any] = {}
+    model_class: str | None = None
+    is_averaged: bool = False
+
+    def __or__(self, other: "Variant") -> "Variant":
+        """Both together."""
+        both = {**self.settings, **other.settings}
+        return Variant(both, other.model_class or self.model_class, self.is_averaged or other.is_averaged)
+
+
+def decay(rate: float) -> Variant:
+    """Lazy decay of the tables."""
+    return Variant({"table_optimizer.weight_decay": rate, "table_optimizer.weight_decay_mode": "lazy"})
+
+
+FLAT = Variant({}, f"{ZOO / 'pnn.py'}:PNN")
+TABM = Variant({}, f"{ZOO / 'tabm.py'}:TabM")
+TABM_FLAT = TABM | Variant({"model.settings.reads_vectors": "true"})
+RATE = Variant({"dense_optimizer.learning_rate": 0.005})
+AVERAGE = Variant({}, None, is_averaged=True)
+VARIANTS = {
+    "dot": Variant(),
+    "flat": FLAT,
+    "tabm": TABM,
+    "tabm flat": TABM_FLAT,
+    "rate": RATE,
+    **{f"decay {rate:g}": decay(rate) for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
+    **{f"scale {scale:g}": Variant({"model.table_init_scale": scale}) for scale in (0.5, 0.1, 0.03)},
+    "average": AVERAGE,
+    "tabm flat + decay + rate": TABM_FLAT | decay(0.003) | RATE,
+    "tabm flat + decay + rate + average": TABM_FLAT | decay(0.003) | RATE | AVERAGE,
+}
+
+
+def main(variants: Mapping[str, Variant] = VARIANTS, description: str | None = __doc__) -> None:
+    """Train what is not there yet, print."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path, help="a log in Criteo's layout")
+    parser.add_argument("--folder", type=Path, default=Path("better"), help="for datasets and runs.jsonl")
+    parser.add_argument("--seeds", type=int, default=10, help="trainings of each variant, dataset and cut")
+    parser.add_argument("--variants", nargs="+", default=[*variants], choices=[*variants], metavar="VARIANT")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a thread of its own")
+    parser.add_argument("--json", type=Path, help="write the table here, too")
+    options = parser.parse_args()
+    make_datasets(options.log, options.folder)
+    lines, asked = options.folder / "runs.jsonl", set(tasks(options.variants, range(options.seeds)))
+    done = {task_of(run) for run in read(lines)}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        left = sorted(asked - done, key=lambda task: task[3])  # all of a seed, then all of the next one
+        futures = [pool.submit(one_run, options.folder, variants[task[0]], *task) for task in left]
+        for future in as_completed(futures):
+            with lines.open("a") as file:
+                file.write(json.dumps(future.result()) + "\n")
+    table = [*rows_of([run for run in read(lines) if task_of(run) in asked], options.variants)]
+    print_table(table)
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def tasks(variants: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, int, int]]:
+    """Variant, dataset, cut and seed of each training."""
+    yield from itertools.product(variants, SCHEMAS, range(CUTS), seeds)
+
+
+def task_of(run: Mapping[str, Any]) -> tuple[str, str, int, int]:
+    """Which of the trainings a line is of."""
+    return run["variant"], run["dataset"], run["cut"], run["seed"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines that are complete."""
+    found = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in found if line.endswith("}")]
+
+
+def make_datasets(log: Path, folder: Path) -> None:
+    """The datasets of each cut: 0 is the whole log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(log, "rt") if log.suffix == ".gz" else log.open() as file:
+        rows = file.readlines()
+    for cut in range(CUTS):
+        part = folder / f"{cut}.tsv"
+        if not part.exists():
+            part.write_text("".join(rows))
+        for name, schema in SCHEMAS.items():
+            preprocess([part], folder / f"{name}-{cut}", schema, progress=False)
+        rows = rows[: len(rows) * 6 // 7]
+
+
+def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, seed: int) -> dict[str, Any]:
+    """Train once; what the rows that follow say."""
+    path = folder / f"{dataset}-{cut}"
+    settings = {"seed": seed, "logging.tensorboard": "false", "train.num_threads": 1, **variant.settings}
+    with TemporaryDirectory() as place:
+        run = Path(place) / "run"
+        if variant.is_averaged:
+            steps = Dataset.open(path).splits["train"].rows // 64
+            every_steps = max(1, steps * 3 // 10 // AVERAGED)
+            settings |= {"checkpoint.every_steps": every_steps, "checkpoint.keep_last": AVERAGED}
+        config = load_config("criteo-small", {key: str(value) for key, value in settings.items()})
+        history = train(config, path, run, model_class=variant.model_class, progress=False)
+        assert history is not None
+        if variant.is_averaged:
+            found = averaged_metrics(run, path, variant)
+        else:
+            found = evaluate(run, split="val+test", model_class=variant.model_class, progress=False) or {}
+        shutil.rmtree(run)
+    task = {"variant": name, "dataset": dataset, "cut": cut, "seed": seed}
+    return {**task, "auc": found["auc"], "logloss": found["logloss"], "rows_per_s": history.summary.rows_per_s}
+
+
+def averaged_metrics(folder: Path, path: Path, variant: Variant) -> dict[str, Any]:
+    """Metrics of the mean weights of the checkpoints that a run has kept."""
+    from torchdlrm.bundle.encoded_rows import EncodedRows  # noqa: PLC0415 - these with torch
+    from torchdlrm.data.dataset import rows_of_split  # noqa: PLC0415
+    from torchdlrm.exporting.checkpoint import CheckpointModel  # noqa: PLC0415
+    from torchdlrm.model.architecture import ModelShape  # noqa: PLC0415
+    from torchdlrm.model.model_class import architecture_of  # noqa: PLC0415
+    from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints  # noqa: PLC0415
+    from torchdlrm.training.checkpoint_reader import CheckpointReader  # noqa: PLC0415
+    from torchdlrm.training.run import Run  # noqa: PLC0415
+
+    class Mean(CheckpointReader):
+        """Stands for all of them."""
+
+        def tensor(self, name: str) -> Any:
+            tensors = [reader.part(name, [0] * len(self.shapes[name]), self.shapes[name]) for reader in readers]
+            return sum(tensors) / len(tensors)
+
+        def gather(self, name: str, ids: Any) -> Any:
+            return sum(reader.rows(name, 0, self.shapes[name][0])[ids] for reader in readers) / len(readers)
+
+    run, dataset = Run.open(folder), Dataset.open(path)
+    paths = [checkpoint_path(run.checkpoints, step) for step in list_checkpoints(run.checkpoints)]
+    readers = [CheckpointReader(path) for path in paths]
+    shape = ModelShape.of(run.config.model, dataset, architecture_of(run.config.model, variant.model_class))
+    model = CheckpointModel(Mean(paths[-1]), shape, dataset.num_embeddings)
+    frames = [frame for split in ("val", "test") for frame in rows_of_split(dataset, split)]
+    logits = [model.logits(EncodedRows.from_frame(frame, dataset.schema)) for frame in frames]
+    labels = np.concatenate([frame[dataset.schema.label.name].to_numpy() for frame in frames])
+    found = binary_metrics(labels, np.concatenate(logits))
+    return {"auc": found.auc, "logloss": found.logloss}
+
+
+def rows_of(runs: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row of the table for each dataset and variant: of seeds whose cuts are all there."""
+    for dataset in SCHEMAS:
+        baseline: dict[str, dict[int, float]] = {}
+        for variant in variants:
+            mine = [run for run in runs if (run["variant"], run["dataset"]) == (variant, dataset)]
+            row: dict[str, Any] = {"dataset": dataset, "variant": variant}
+            for judged, cuts in (("four", range(CUTS)), ("last", range(1))):
+                aucs = {
+                    seed: statistics.mean(run["auc"] for run in mine if run["seed"] == seed and run["cut"] in cuts)
+                    for seed in sorted({run["seed"] for run in mine})
+                    if {run["cut"] for run in mine if run["seed"] == seed} >= set(cuts)
+                }
+                if not aucs:
+                    continue
+                baseline.setdefault(judged, aucs)
+                row[judged] = summary(aucs, baseline[judged])
+            row["rows_per_s"] = statistics.median(run["rows_per_s"] for run in mine) if mine else None
+            yield row
+
+
+def summary(aucs: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any]:
+    """Mean and spread over the seeds, and the difference from the baseline over those that both have."""
+    values = [*aucs.values()]
+    found = {"seeds": len(values), "mean": statistics.mean(values), "spread": max(values) - min(values)}
+    found["deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    differences = np.array([auc - baseline[seed] for seed, auc in aucs.items() if seed in baseline])
+    if len(differences) > 1 and differences.any():
+        error = differences.std(ddof=1) / len(differences) ** 0.5
+        half = float(stats.t.ppf(0.975, len(differences) - 1) * error)
+        found |= {"difference": float(differences.mean()), "half_interval": half}
+        found["p"] = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return found
+
+
+def print_table(table: Sequence[Mapping[str, Any]]) -> None:
+    """Both ways of judging side by side."""
+    head = f"{'mean':>7} {'sd':>6} {'spread':>6} {'difference, 95 %':>19} {'p':>6}"
+    print(f"{'':27} seeds | four blocks: {head[13:]} | last block: {head[12:]}   rows/s")
+    for row in table:
+        texts = []
+        for judged in ("four", "last"):
+            one = row.get(judged)
+            if one is None:
+                texts.append("-")
+                continue
+            text = f"{one['mean']:7.4f} {one['deviation']:6.4f} {one['spread']:6.4f}"
+            if "difference" in one:
+                text += f" {one['difference']:+9.4f} +- {one['half_interval']:.4f} {one['p']:6.3f}"
+            texts.append(f"{text:48}")
+        seeds, speed = row.get("four", {}).get("seeds", 0), row["rows_per_s"] or 0
+        print(f"{row['dataset']:9} {row['variant']:17} {seeds:5} | {texts[0]} | {texts[1]} {speed:8,.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What the models of the literature in examples/zoo/ reach on a real log, beside the dot products of `criteo-small`.
+
+    python benchmarks/zoo.py train.txt --folder zoo --seeds 10
+
+All train with the settings of criteo-small, which suit the dot products; see benchmarks/better.py for how they are
+judged, and for resuming.
+"""
+
+import re
+
+from better import ZOO, Variant, main
+
+
+def models() -> dict[str, Variant]:
+    """Each file's last class, by the name of the file."""
+    found = {"dot": Variant()}
+    for path in sorted(ZOO.glob("*.py")):
+        *_, name = re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
+        found[path.stem] = Variant({}, f"{path}:{name}")
+    return found
+
+
+if __name__ == "__main__":
+    main(models(), __doc__)
