@@ -177,7 +177,7 @@ def averaged_metrics(folder: Path, path: Path, variant: Variant) -> dict[str, An
     paths = [checkpoint_path(run.checkpoints, step) for step in list_checkpoints(run.checkpoints)]
     readers = [CheckpointReader(path) for path in paths]
     shape = ModelShape.of(run.config.model, dataset, architecture_of(run.config.model, variant.model_class))
-    model = CheckpointModel(Mean(paths[-1]), shape, dataset.num_embeddings)
+    model = CheckpointModel(Mean(paths[-1]), shape)
     frames = [frame for split in ("val", "test") for frame in rows_of_split(dataset, split)]
     logits = [model.logits(EncodedRows.from_frame(frame, dataset.schema)) for frame in frames]
     labels = np.concatenate([frame[dataset.schema.label.name].to_numpy() for frame in frames])
