@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
     from torchdlrm.model.batch_norm import GlobalBatchNorm1d as GlobalBatchNorm1d
+    from torchdlrm.model.batch_norm import global_mean as global_mean
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
     from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
@@ -91,7 +92,7 @@ _NAMES_OF = {
     "live.settings": ("ExportSettings", "GateSettings", "LiveSettings"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
-    "model.batch_norm": ("GlobalBatchNorm1d",),
+    "model.batch_norm": ("GlobalBatchNorm1d", "global_mean"),
     "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "SparseArch"),
     "model.dropout": ("DroppedActivation",),
     "model.dot": ("InteractionArch",),

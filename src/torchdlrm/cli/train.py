@@ -96,7 +96,7 @@ def train(
     processes = machines.processes(max_restarts)
     how: dict[str, Any] = {"from_run": from_run, "restart": restart, **vars(own_model)}
     with nullcontext() if dry_run else refusing_everywhere(processes):
-        encoded = Dataset.open(dataset).with_label(settings.train.label)
+        encoded = Dataset.open(dataset).with_labels(settings.train.label_names)
         if from_run is None and (restart or not Run(fetch_run(run), settings).exists):
             _refuse_warm_start(overrides)
         how_many = {"world_size": processes.world_size, "local_world_size": machines.nproc_per_node}

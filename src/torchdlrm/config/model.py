@@ -4,7 +4,7 @@ An interaction with settings of its own has a section for them, by the name that
 other half is an `Architecture` of `torchdlrm.model.architecture`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -103,6 +103,50 @@ def in_one_list(model: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+class HeadsConfig(Section):
+    """What makes a logit for each of several train.labels of what the interaction gives, as [model.heads]."""
+
+    kind: Literal["shared", "mmoe", "ple"] = Field(
+        "shared",
+        description="shared: an over arch for each label, a tower, and all else is shared; mmoe: each tower reads a "
+        "mixture of experts, by a gate of its own (MMoE, KDD 2018); ple: experts of each label and shared ones, in two "
+        "levels (PLE, RecSys 2020)",
+    )
+    num_experts: PositiveInt = Field(4, description="experts of mmoe; of ple those of each label, in each level")
+    num_shared_experts: PositiveInt = Field(4, description="experts of ple that all labels share, in each level")
+    expert_layer_sizes: LayerSizes = Field((256, 128), description="output sizes of the layers of an expert")
+    after: dict[str, str] = Field(
+        {},
+        description='labels that another one comes before, as in {purchase = "click"}: its probability, over all '
+        "rows, is that of the other times what its own tower gives (ESMM, arXiv:1804.07931)",
+    )
+
+    def chain(self, labels: Sequence[str]) -> list[tuple[int, int]]:
+        """The labels of `after` and which comes before them, by number, each behind what it needs itself."""
+        left, found = dict(self.after), list[tuple[int, int]]()
+        while ready := [name for name, before in left.items() if before not in left]:
+            found += [(labels.index(name), labels.index(left.pop(name))) for name in ready]
+        return found
+
+    def problems(self, labels: Sequence[str]) -> Iterator[str]:
+        """Settings that are for other labels, or that are not read, each with what is wrong."""
+        if len(labels) < 2:
+            if self != HeadsConfig():
+                yield f"heads: are for several labels, and there is one; set train.labels, got {dict(self)}"
+            return
+        unread = {"shared": _OF_EXPERTS, "mmoe": _OF_EXPERTS[:1]}.get(self.kind, ())
+        for leaf in unread:
+            if getattr(self, leaf) != type(self).model_fields[leaf].default:
+                yield f"heads.{leaf}: model.heads.kind = {self.kind} does not read it, got {getattr(self, leaf)!r}"
+        if unknown := {*self.after, *self.after.values()}.difference(labels):
+            yield f"heads.after: {', '.join(sorted(unknown))} is not in train.labels, which are {', '.join(labels)}"
+        elif len(self.chain(labels)) < len(self.after):
+            yield f"heads.after: goes in a circle, got {self.after}"
+
+
+_OF_EXPERTS = ("num_shared_experts", "num_experts", "expert_layer_sizes")
+
+
 class FeatureConfig(Section):
     """The table of one sparse feature, where it is not of dimension D or is in two parts, as [model.features.cat_2]."""
 
@@ -143,6 +187,7 @@ class ModelConfig(Section):
     )
     dcn: DCNConfig = DCNConfig()
     projection: ProjectionConfig = ProjectionConfig()
+    heads: HeadsConfig = HeadsConfig()
     features: dict[str, FeatureConfig] = Field({}, description="smaller tables, by feature")
     settings: dict[str, Setting] = Field(
         {},
@@ -177,6 +222,7 @@ class ModelConfig(Section):
         unread = {name for name in self._interactions if name != self.interaction}
         unread |= {name for name in ("features", "settings") if not getattr(self, name)}
         unread |= set() if self.table_init_scale != 1 else {"table_init_scale"}
+        unread |= set() if self.heads != HeadsConfig() else {"heads"}
         return {name: value for name, value in write(self).items() if name not in unread}
 
     def interaction_problems(self) -> list[str]:

@@ -51,6 +51,16 @@ class TrainConfig(Section):
         None,
         description="which of the dataset's labels to learn and be judged by; when not set, the first of its schema",
     )
+    labels: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        None,
+        description="several labels to learn in one model; it is judged and chosen by the first, whose predictions it "
+        "publishes; in place of label",
+    )
+    loss_weights: dict[str, PositiveFloat] | Literal["uncertainty"] | None = Field(
+        None,
+        description="of several labels: by what the loss of each is multiplied, as in {purchase = 2.0}, 1 where it is "
+        "not set; uncertainty learns it (arXiv:1705.07115)",
+    )
     negative_weight: PositiveFloat = Field(
         1.0,
         description="weight of a row without a click in the loss, as if only this fraction of them had been kept; the "
@@ -66,6 +76,11 @@ class TrainConfig(Section):
     num_threads: PositiveInt | None = Field(
         None, description="threads of each process on CPU; when not set, chosen by its cores and its work"
     )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels that are named; none where it is the first of the schema."""
+        return self.labels or ((self.label,) if self.label is not None else ())
 
 
 class TableOptimizerConfig(Section):
@@ -336,7 +351,22 @@ def cross_checks(config: Config) -> list[str]:
         found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
     found += model.interaction_problems()
     found += model.feature_problems()
+    found += _label_problems(config.train)
+    found += [f"model.{problem}" for problem in model.heads.problems(config.train.label_names)]
     return [*found, *_schedule_problems(config.schedule, config.stop), *_unread_settings(config)]
+
+
+def _label_problems(train: TrainConfig) -> Iterator[str]:
+    labels, weights = train.label_names, train.loss_weights or ()
+    if train.label is not None and train.labels is not None:
+        yield f"train.label: is {train.label}, and train.labels is {', '.join(labels)}; set one of both"
+    if len({*labels}) < len(labels):
+        yield f"train.labels: names a label twice, got {', '.join(labels)}"
+    if weights and len(labels) < 2:
+        yield f"train.loss_weights: is for several labels, got {weights!r} with one; set train.labels"
+    elif weights != "uncertainty" and (unknown := {*weights}.difference(labels)):
+        names = ", ".join(sorted(unknown))
+        yield f"train.loss_weights: {names} is not in train.labels, which are {', '.join(labels)}"
 
 
 def _schedule_problems(schedule: ScheduleConfig, stop: StopConfig) -> list[str]:

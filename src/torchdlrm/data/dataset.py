@@ -273,21 +273,24 @@ class Dataset:
         dataset._check_sizes()
         return dataset
 
-    def with_label(self, name: str | None) -> Self:
-        """The same dataset, to learn and be judged by one of its labels: `name`, or where that is None the first.
+    def with_labels(self, chosen: Sequence[str] = ()) -> Self:
+        """The same dataset, to learn some of its labels and be judged by the first; without any, the first it has.
 
         Raises:
             ConfigError: it has no such label.
         """
-        schema = self.schema
+        schema, key = self.schema, "train.labels" if len(chosen) > 1 else "train.label"
         names = [column.name for column in schema.labels]
-        if name is not None and name not in names:
-            msg = f"`train.label`: {self.path} has no label {name!r}; it has {', '.join(names)}"
-            raise ConfigError(msg + did_you_mean(name, names))
+        for name in chosen:
+            if name not in names:
+                msg = f"`{key}`: {self.path} has no label {name!r}; it has {', '.join(names)}"
+                raise ConfigError(msg + did_you_mean(name, names))
         if len(names) == 1:
             return self
-        chosen = schema.model_copy(update={"run_label": name or names[0]})
-        return replace(self, manifest=self.manifest.model_copy(update={"feature_schema": chosen}))
+        several = {"run_label": None, "run_labels": (*chosen,)}
+        one = {"run_label": next(iter(chosen), names[0]), "run_labels": None}
+        schema = schema.model_copy(update=several if len(chosen) > 1 else one)
+        return replace(self, manifest=self.manifest.model_copy(update={"feature_schema": schema}))
 
     @property
     def schema(self) -> FeatureSchema:

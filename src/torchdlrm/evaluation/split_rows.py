@@ -72,7 +72,7 @@ def dataset_of(bundle: Bundle, dataset: Dataset | str | Path | None) -> Dataset:
         msg = f"`dataset`: {encoded.path} is not what the run of the bundle {bundle.path} was trained on"
         msg += " (its dataset.json differs), so the ids do not mean the same"
         raise RunError(msg)
-    return encoded.with_label(bundle.schema.label.name)
+    return encoded.with_labels([label.name for label in bundle.schema.learnt])
 
 
 def predict_by_bundle(

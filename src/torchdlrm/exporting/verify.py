@@ -156,7 +156,7 @@ def verify(
                 "dataset.json differs), so the ids do not mean the same"
             )
             raise RunError(msg)
-        encoded = encoded.with_label(predictor.schema.label.name)
+        encoded = encoded.with_labels([label.name for label in predictor.schema.learnt])
         trained = _find_run(predictor, encoded, run)
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
         _, checkpoint = open_checkpoint(trained, str(source.step))

@@ -64,7 +64,9 @@ def import_weights(
     if list_checkpoints(path / "checkpoints") and not overwrite:
         msg = f"`run`: {path} has weights already; give another folder, or `overwrite`"
         raise RunError(msg)
-    encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_label(settings.train.label)
+    encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_labels(
+        settings.train.label_names
+    )
     source = _UpstreamWeights(*_opened(state_dict), encoded)
     settings = settings.model_copy(update={"model": source.shape.config})
     with join_process_group(settings.train.timeout_s, device="cpu") as ranks:

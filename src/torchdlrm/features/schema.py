@@ -67,6 +67,8 @@ class FeatureSchema(Frozen):
     columns: tuple[Column, ...] = Field(strict=False)
     # Of several labels the one that a run learns; no setting of a schema's file, but of the run's config.
     run_label: str | None = None
+    # Where it learns several, all of them, the one that it is judged by first.
+    run_labels: Annotated[tuple[str, ...], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,10 +149,16 @@ class FeatureSchema(Frozen):
         return tuple(column for column in self.columns if isinstance(column, LabelColumn))
 
     @property
+    def learnt(self) -> tuple[LabelColumn, ...]:
+        """The labels that are learnt, in the order of a model's outputs: the first of all where none was chosen."""
+        labels = {column.name: column for column in self.labels}
+        chosen = [labels[name] for name in self.run_labels or (self.run_label,) if name in labels]
+        return tuple(chosen) or self.labels[:1]
+
+    @property
     def label(self) -> LabelColumn:
-        """The label that is learnt and judged by: the first where none was chosen."""
-        labels = self.labels
-        return next((column for column in labels if column.name == self.run_label), labels[0])
+        """The label that is judged by: the first of those that are learnt."""
+        return self.learnt[0]
 
     @property
     def weight(self) -> WeightColumn | None:

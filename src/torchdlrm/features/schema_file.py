@@ -49,8 +49,8 @@ def load_schema(name_or_path: str | Path) -> FeatureSchema:
         found = []
     except ValidationError as error:
         found = [f"  {_in_schema_file(item, raw)}" for item in error.errors(include_url=False)]
-    if "run_label" in raw:
-        found.append("  run_label: which label is learnt is said by train.label in the config of a run")
+    for key in {"run_label", "run_labels"} & raw.keys():
+        found.append(f"  {key}: which label is learnt is said by train.label in the config of a run")
     columns = raw.get("columns")
     for i, column in enumerate(columns if isinstance(columns, list) else []):
         if isinstance(column, dict) and "max_rows" in column:

@@ -222,7 +222,7 @@ class _Period:
         )
         dataset = self._encode(self.files, self.day / DATASET_NAME, self.schema, options)
         if base is not None:
-            require_same_rows(self.day / SCORES_NAME, dataset.with_label(self.config.train.label))
+            require_same_rows(self.day / SCORES_NAME, dataset.with_labels(self.config.train.label_names))
         return _folder_bytes(dataset.path)
 
     def _reach(self, num_periods: int) -> int:
@@ -304,7 +304,7 @@ class _Period:
     def _check(self) -> int:
         candidate = self.candidate or Bundle.open(self.day / _CANDIDATE_NAME, verify="lazy", **self.own_model)
         scores = None if self.draft.base is None else self.day / SCORES_NAME
-        dataset = Dataset.open(self.day / DATASET_NAME).with_label(self.config.train.label)
+        dataset = Dataset.open(self.day / DATASET_NAME).with_labels(self.config.train.label_names)
         self._note(gate=judge(candidate, dataset, scores, self.settings.gate, self.progress))
         return 0
 
@@ -333,7 +333,7 @@ class _Period:
     def _record(self) -> PeriodRecord:
         draft, gate = self.draft, self.draft.gate
         assert gate is not None, "the check is a step"
-        dataset = Dataset.open(self.day / DATASET_NAME).with_label(self.config.train.label)
+        dataset = Dataset.open(self.day / DATASET_NAME).with_labels(self.config.train.label_names)
         delta_bytes = _folder_bytes(self.live.delta(draft.period))
         splits = dataset.manifest.splits.values()
         recalibration = None

@@ -34,7 +34,7 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
     Attributes:
         dense_features: float32 [B, num_dense_features].
         sparse_features: KJT of F keys in schema order, values int64, stride B.
-        labels: float32 [B].
+        labels: float32 [B]; of L labels that are learnt together [B, L].
         row_weights: float32 [B], 0 for padding: how much each row counts in the loss and in metrics; None where the
             dataset has no weights.
         loss_weight: rows that are no padding, times the world size, over the rows of the global batch: 1 unless the

@@ -144,7 +144,8 @@ class Loader:
             for _, everyone in batches:
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
                 num_padding = num_padding_rows(everyone, rank=self._rank, world_size=self._world_size)
-                batch = stream.read(mine, num_dense=self._reader.num_dense, num_padding=num_padding)
+                sizes = {"num_labels": self._reader.num_labels, "num_dense": self._reader.num_dense}
+                batch = stream.read(mine, **sizes, num_padding=num_padding)
                 batch.loss_weight = len(mine) * self._world_size / len(everyone)
                 yield batch.pin_memory() if self._pin_memory else batch
 
@@ -167,31 +168,33 @@ class _RowStream:
         self._starts = [0, *itertools.accumulate(num_rows)]
         self._current: tuple[int, Columns] | None = None
 
-    def read(self, rows: range, *, num_dense: int, num_padding: int) -> Batch:
+    def read(self, rows: range, *, num_labels: int, num_dense: int, num_padding: int) -> Batch:
         """The B rows of a batch: these of the stream, and padding.
 
         Args:
             rows: of the stream.
+            num_labels: that are learnt.
             num_dense: number of dense features.
             num_padding: rows of zeros and without ids behind them; with them they are B.
         """
-        labels_B = np.empty(len(rows) + num_padding, dtype=np.float32)
-        dense = np.empty((len(rows) + num_padding, num_dense), dtype=np.float32)
-        labels_B[len(rows) :], dense[len(rows) :] = 0, 0
+        num_rows = len(rows) + num_padding
+        labels = np.empty((num_rows, num_labels) if num_labels > 1 else num_rows, dtype=np.float32)
+        dense = np.empty((num_rows, num_dense), dtype=np.float32)
+        labels[len(rows) :], dense[len(rows) :] = 0, 0
         row_weights_B: NDArray[np.float32] | None = None
         ids = _Ids(len(self._keys), len(rows))
         for group, source, target in self._pieces(rows):
-            labels_B[target] = group.labels[source]
+            labels[target] = group.labels[source]
             for column, values in enumerate(group.dense):
                 dense[target, column] = values[source]
             if group.row_weights is not None:
-                row_weights_B = np.zeros_like(labels_B) if row_weights_B is None else row_weights_B
+                row_weights_B = np.zeros(num_rows, np.float32) if row_weights_B is None else row_weights_B
                 row_weights_B[target] = group.row_weights[source]
             ids.add(group.ids, source, target)
         return Batch(
             dense_features=torch.from_numpy(dense),
             sparse_features=ids.as_kjt(self._keys, num_padding),
-            labels=torch.from_numpy(labels_B),
+            labels=torch.from_numpy(labels),
             num_padding=num_padding,
             row_weights=None if row_weights_B is None else torch.from_numpy(row_weights_B),
         )

@@ -90,7 +90,7 @@ class Columns:
     """The n rows of one row group.
 
     Attributes:
-        labels: [n].
+        labels: [n]; of L labels [n, L].
         dense: float32 [n] for each dense feature.
         ids: of each sparse feature.
         row_weights: float32 [n]; None where rows have none.
@@ -133,6 +133,7 @@ class RowGroupReader:
         row_groups: in the order of the files.
         num_dense: number of dense features.
         feature_names: of the sparse features.
+        num_labels: L, labels that are learnt.
         has_row_weights: whether rows have weights.
         has_weights: of each sparse feature whether its ids have weights.
     """
@@ -145,6 +146,7 @@ class RowGroupReader:
         self._num_embeddings = dataset.num_embeddings
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
+        self.num_labels = len(dataset.schema.learnt)
         self.has_row_weights = dataset.weight_name is not None
         self.has_weights = tuple(feature.weights_name is not None for feature in dataset.schema.sparse)
         self.row_groups = [
@@ -205,8 +207,9 @@ class RowGroupReader:
         except ValueError as error:
             msg = f"{path}: row group {where.group_index}: {error}; run dlrm preprocess again"
             raise DatasetError(msg) from error
+        labels = [numbers(label.name) for label in self._dataset.schema.learnt]
         columns = Columns(
-            numbers(self._dataset.label_name),
+            labels[0] if len(labels) == 1 else np.stack(labels, axis=1),
             [numbers(name) for name in self._dataset.dense_names],
             ids,
             None if self._dataset.weight_name is None else numbers(self._dataset.weight_name),

@@ -283,7 +283,7 @@ class _Layout:
         most_rows = max(group.rows for group in reader.row_groups)
         # Labels, weights if there are some, and dense features; then ids, and offsets and weights of those in lists.
         self._num_floats = 1 + reader.has_row_weights + reader.num_dense
-        lengths = [most_rows] * self._num_floats
+        lengths = [most_rows * reader.num_labels, *[most_rows] * (self._num_floats - 1)]
         self._kinds = [*zip(reader.most_ids(), reader.has_weights, strict=True)]
         for most, has_weights in self._kinds:
             lengths += [most_rows] if most is None else [most, most_rows + 1, *[most] * has_weights]
@@ -298,6 +298,7 @@ class _Layout:
             for place, (length, start) in enumerate(zip(self._lengths, self._starts, strict=False))
         )
         labels, row_weights = next(arrays), next(arrays) if self._reader.has_row_weights else None
+        labels = labels if self._reader.num_labels == 1 else labels.reshape(-1, self._reader.num_labels)
         dense = list(islice(arrays, self._reader.num_dense))
         ids = [
             IdColumn(

@@ -63,7 +63,7 @@ class Architecture(ABC):
     def build(
         self, shape: "ModelShape", embedding_bag_collection: "EmbeddingBagCollection", device: torch.device
     ) -> nn.Module:
-        """The model, which maps dense features [B, num_dense] and a KJT of F keys to logits [B, 1].
+        """The model, which maps dense features [B, num_dense] and a KJT of F keys to logits [B, L], L labels.
 
         Args:
             shape: sizes of its parts.
@@ -140,6 +140,11 @@ class BuiltInArchitecture(Architecture):
         first, *dense = layers(max(1, shape.num_dense), shape.config.dense_arch_layer_sizes)
         products, over_in = self.interaction(shape)
         over = layers(over_in, shape.config.over_arch_layer_sizes)
+        if shape.num_labels > 1:
+            from torchdlrm.model.heads import HEADS  # noqa: PLC0415 - it asks this module
+
+            heads = HEADS[shape.config.heads.kind]
+            over = heads.products(over_in, shape.config.over_arch_layer_sizes, shape.num_labels, shape.config.heads)
         return (replace(first, num_gradients=1), *dense, *products, *over)  # the first one's inputs are data
 
     def num_activations(self, shape: "ModelShape") -> int:
@@ -169,6 +174,7 @@ class ModelShape:
         given_architecture: how the vectors interact, where it is not as the config says.
         is_weighted: whether ids have weights, by which their embeddings are multiplied before they are summed.
         known_features: the sparse features, in the order of the schema, where they are known.
+        labels: the names of those that are learnt, in the order of the logits; empty where it is one without a name.
     """
 
     config: ModelConfig
@@ -177,6 +183,7 @@ class ModelShape:
     given_architecture: Architecture | None = None
     is_weighted: bool = False
     known_features: tuple[Feature, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
@@ -194,7 +201,13 @@ class ModelShape:
             architecture,
             is_weighted=dataset.schema.has_value_weights,
             known_features=features,
+            labels=tuple(column.name for column in dataset.schema.learnt),
         )
+
+    @property
+    def num_labels(self) -> int:
+        """L: logits of a row."""
+        return max(1, len(self.labels))
 
     @property
     def architecture(self) -> Architecture:

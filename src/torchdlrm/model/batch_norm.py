@@ -4,7 +4,7 @@
 process would have running statistics of its own; `torch.nn.SyncBatchNorm` is for GPUs alone.  This one is for both.
 
 Cost: on several processes one all-gather of 2 C + 1 numbers in the forward pass and one all-reduce of 2 C in the
-backward pass.  It is the one module that asks for the other processes.
+backward pass.  It is the one module that asks for the other processes; a loss of a model's own may, by `global_mean`.
 
 B rows of the batch on this rank, C features, R ranks.
 """
@@ -145,3 +145,38 @@ class _Normalized(torch.autograd.Function):
         grad_inputs_BC = (grad_BC - mean_C).addcmul_(normal_BC, along_C, value=-1).mul_(weight_C * inverse_C)
         grad_inputs_BC[len(grad_BC) - ctx.num_padding :] = 0
         return grad_inputs_BC.to(dtype), mine_2C[0], mine_2C[1], None, None, None, None
+
+
+def global_mean(values: Tensor) -> Tensor:
+    """The mean over the rows of the global batch, with its gradient, on any number of processes: for a model's `loss`.
+
+    In a process group every process must call it the same number of times. A mean by weights w is
+    `global_mean(w * values) / global_mean(w)`.
+
+    Args:
+        values: of this process's rows, without padding, perhaps none: float [B] or [B, C].
+
+    Returns:
+        Float [] or [C], the same on every process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values.mean(0)
+    mine = torch.cat([values.sum(0).view(-1), values.new_full((1,), len(values))])
+    sums: Tensor = _Summed.apply(mine)  # type: ignore[no-untyped-call]
+    return (sums[:-1] / sums[-1]).view(values.shape[1:])
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over processes; like that of `_Normalized`, its gradient is that of the sum of all their losses."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        del ctx
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Every process's loss depends on every row."""
+        return _Summed.forward(ctx, gradient)

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torchrec.models.dlrm import OverArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchdlrm.config import HeadsConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.tables import FeatureTable
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.dlrm import TableOfFeatures
 from torchdlrm.model.dropout import add_dropout
-from torchdlrm.model.loss import DLRMTrain
+from torchdlrm.model.heads import HEADS
+from torchdlrm.model.loss import DLRMTrain, LossWeights
 
 
 def feature_collection(tables: Sequence[FeatureTable], *, is_weighted: bool = False) -> EmbeddingBagCollection:
@@ -36,6 +39,7 @@ def build_model(
     *,
     dropout: float = 0.0,
     negative_weight: float = 1.0,
+    loss_weights: LossWeights = None,
 ) -> DLRMTrain:
     """A model for training, with the same initial weights on every device; its tables have no memory yet.
 
@@ -44,6 +48,7 @@ def build_model(
         device: where everything but the tables is created.
         dropout: fraction of the hidden units of dense and over arch that each training row leaves out.
         negative_weight: weight of rows without a click in the loss.
+        loss_weights: of several labels, as `train.loss_weights`.
 
     Raises:
         ConfigError: a model class makes no model, or one without arches to drop units of.
@@ -51,17 +56,39 @@ def build_model(
     collection = feature_collection(shape.tables, is_weighted=shape.is_weighted)
     # A GPU draws other random numbers than a CPU with the same seed, and a model class of the user's may keep more than
     # parameters where it is made: so it is made twice there, and takes the CPU's weights.
-    drawn = shape.architecture.build(shape, collection, torch.device("meta" if device.type == "meta" else "cpu"))
+    where = torch.device("meta" if device.type == "meta" else "cpu")
+    drawn = _with_heads(shape.architecture.build(shape, collection, where), shape, where)
     model = drawn
     if device.type not in {"cpu", "meta"}:
-        model = shape.architecture.build(shape, collection, device)
+        model = _with_heads(shape.architecture.build(shape, collection, device), shape, device)
         model.load_state_dict(drawn.state_dict())
     if dropout:
         if not all(isinstance(getattr(model, name, None), nn.Module) for name in ("dense_arch", "over_arch")):
             msg = f"train.dropout: {type(model).__name__} has no dense_arch and over_arch to drop units of"
             raise ConfigError(msg)
         add_dropout(model, dropout)
-    return DLRMTrain(model, negative_weight)
+    train = DLRMTrain(model, negative_weight, shape.labels, loss_weights)
+    train.loss.to(device)
+    return train
+
+
+def _with_heads(model: nn.Module, shape: ModelShape, device: torch.device) -> nn.Module:
+    """A model of several labels, whose over arch of one logit becomes that of `model.heads`.
+
+    Raises:
+        ConfigError: it has no such arch, and makes its logits by itself, but heads were chosen.
+    """
+    arch, config = getattr(model, "over_arch", None), shape.config
+    if shape.num_labels == 1:
+        return model
+    if isinstance(arch, OverArch) and [*arch.parameters()][-1].shape == (1,):
+        first: Tensor = next(arch.parameters())
+        heads = HEADS[config.heads.kind]
+        model.over_arch = heads(first.shape[1], config.over_arch_layer_sizes, shape.labels, config.heads, device)
+    elif config.heads != HeadsConfig():
+        msg = f"model.heads: {type(model).__name__} has no over arch of one logit, of which they could be made"
+        raise ConfigError(msg)
+    return model
 
 
 def standardize_dense_input(model: nn.Module, dense_rows: Tensor) -> None:

@@ -75,7 +75,7 @@ class EagerModel:
     def __init__(self, shape: ModelShape, device: torch.device | None = None) -> None:
         self.module = build_model(shape, device or torch.device("cpu")).model.eval()
         self.weight_shapes = {name: tuple(weight.shape) for name, weight in self.module.state_dict().items()}
-        self.tables, self._num_dense = shape.tables, shape.num_dense
+        self.tables, self._num_dense, self._num_labels = shape.tables, shape.num_dense, shape.num_labels
         self._given = _take_the_place_of_tables(self.module)
 
     def logits(
@@ -86,7 +86,7 @@ class EagerModel:
         pooled: Tensor,
         weights: NDArray[np.float32] | None = None,
     ) -> Tensor:
-        """The log-odds of a click of each row: [B].
+        """The log-odds of a click of each row: [B]; of L labels [B, L].
 
         Args:
             dense: float32 [B, num_dense].
@@ -100,7 +100,7 @@ class EagerModel:
         features = KeyedJaggedTensor(keys, ids, given, lengths=lengths)
         self._given.held.append((features, KeyedTensor(keys, dims, pooled.flatten(1))))
         try:
-            return logits_of(self.module(dense, features))
+            return logits_of(self.module(dense, features), self._num_labels)
         finally:
             self._given.held.clear()
 
@@ -251,7 +251,8 @@ class _Trial:
         dense, embeddings = torch.rand(_TRIAL_ROWS, self._shape.num_dense), torch.rand(_TRIAL_ROWS, sum(dims)) - 0.5
         dense[num_rows:] = embeddings[num_rows:] = 0
         self._given.held[:] = [(features, KeyedTensor(keys, dims, embeddings.requires_grad_()))]
-        loss: Tensor = self._train(_Slice(dense, features, torch.ones(_TRIAL_ROWS), num_padding))[0]
+        labels = torch.ones(_TRIAL_ROWS, self._shape.num_labels).squeeze(1)
+        loss: Tensor = self._train(_Slice(dense, features, labels, num_padding))[0]
         return loss
 
     def gradients_are_finite(self, num_padding: int) -> bool:

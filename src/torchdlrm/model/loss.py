@@ -4,7 +4,7 @@ In: a model, and batches on this rank.  Out: the loss, and logits and labels for
 
 `DLRMTrain` has the embeddings looked up and gives them to the model, whose own code never sees how tables are held.
 TorchRec's train pipeline traces `DLRMTrain` by `torch.fx` for what leads to the tables: it comes no further than
-`Around`, so a model may be written in any Python, and the loss is a leaf to it (`fx.wrap`).  Where a model is served,
+`Around`, so a model may be written in any Python, and no further than `BatchLoss`.  Where a model is served,
 checked or timed (`torchdlrm.model.eager`) other code has looked them up.
 Why: docs/decisions/embeddings-are-looked-up-before-the-forward.md.
 
@@ -12,17 +12,20 @@ B rows of the batch on this rank.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
 
-# What a model's forward gives: logits [B, 1]; or these, and an auxiliary loss of each row [B].
+# What a model's forward gives: logits [B, L]; or these, and an auxiliary loss of each row [B], or what its loss reads.
 ModelOutput = Tensor | tuple[Tensor, Tensor]
+LossWeights = Mapping[str, float] | Literal["uncertainty"] | None
 _TABLES = "embedding_bag_collection"
 
 
@@ -89,17 +92,17 @@ class TrainingBatch(Protocol):
     labels: Tensor
 
 
-def logits_of(output: ModelOutput) -> Tensor:
-    """The logits [B] of what a model's forward has given.
+def logits_of(output: ModelOutput, num_labels: int = 1) -> Tensor:
+    """The logits [B] of what a model's forward has given, of several labels [B, L].
 
     Raises:
-        ConfigError: they are not [B, 1].
+        ConfigError: they are not [B, L].
     """
-    logits_B1 = output[0] if isinstance(output, tuple) else output
-    if logits_B1.dim() != 2 or logits_B1.shape[1] != 1:
-        msg = f"`model_class`: its forward must give logits [rows, 1], got {[*logits_B1.shape]}"
+    logits_BL = output[0] if isinstance(output, tuple) else output
+    if logits_BL.dim() != 2 or logits_BL.shape[1] != num_labels:
+        msg = f"`model_class`: its forward must give logits [rows, {num_labels}], got {[*logits_BL.shape]}"
         raise ConfigError(msg)
-    return logits_B1.squeeze(1)
+    return logits_BL if num_labels > 1 else logits_BL.squeeze(1)
 
 
 def batch_loss(
@@ -108,10 +111,12 @@ def batch_loss(
     batch: TrainingBatch,
     negative_weight: float = 1.0,
     auxiliary_B: Tensor | None = None,
+    of_labels: nn.Module | None = None,
 ) -> Tensor:
     """Mean binary cross-entropy, so weighted that its mean over ranks is the mean over the global batch.
 
-    An auxiliary loss of each row is added to the row's cross-entropy, and gets the row's weight.
+    An auxiliary loss of each row is added to the row's cross-entropy, and gets the row's weight. Of several labels
+    logits and labels are [B, L], each is treated alike, and `of_labels` makes one loss of theirs.
 
     The ranks may differ by one in their rows of a batch; a batch of ours says by `loss_weight` how much those of this
     rank count. All is without padding.
@@ -125,7 +130,8 @@ def batch_loss(
     of p, and the model's own logit is that of q: predictions with its weights need no correction.
     """
     if logits_B.numel() == 0:  # every parameter must get a gradient on every rank
-        return logits_B.sum() if auxiliary_B is None else logits_B.sum() + auxiliary_B.sum()
+        nothing = logits_B.sum() if auxiliary_B is None else logits_B.sum() + auxiliary_B.sum()
+        return nothing if of_labels is None else nothing + 0 * of_labels(logits_B.sum(0))
     weights_B = None
     if negative_weight != 1.0:
         weights_B = labels_B + (1 - labels_B) * negative_weight
@@ -133,8 +139,13 @@ def batch_loss(
     row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
     if row_weights_B is not None:
         row_weights_B = without_padding(row_weights_B, batch)
-        weights_B = row_weights_B if weights_B is None else weights_B * row_weights_B
-    loss = binary_cross_entropy_with_logits(logits_B, labels_B, weights_B)
+        by_row = row_weights_B if of_labels is None else row_weights_B[:, None]
+        weights_B = by_row if weights_B is None else weights_B * by_row
+    if of_labels is None:
+        loss = binary_cross_entropy_with_logits(logits_B, labels_B, weights_B)
+    else:
+        losses = binary_cross_entropy_with_logits(logits_B.float(), labels_B, weights_B, reduction="none")
+        loss, weights_B = of_labels(losses.mean(0)), row_weights_B
     if auxiliary_B is not None:
         loss = loss + (auxiliary_B if weights_B is None else auxiliary_B * weights_B).mean()
     return loss * getattr(batch, "loss_weight", 1.0)
@@ -146,30 +157,107 @@ def without_padding(values_B: Tensor, batch: TrainingBatch) -> Tensor:
     return values_B[:-num_padding] if num_padding else values_B
 
 
-@fx.wrap
-def loss_of(output: ModelOutput, batch: TrainingBatch, negative_weight: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss of what a model's forward has given, and detached what metrics are made of.
+class WeightedSum(nn.Module):
+    """The loss of several labels: the sum of their cross-entropies, each times a number of its own, 1 if not given."""
 
-    Returns:
-        The loss; and loss, logits, labels, and the row weights where the batch has some.
+    def __init__(self, labels: Sequence[str], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.weights: Tensor
+        self.register_buffer("weights", torch.tensor([weights.get(name, 1.0) for name in labels]), persistent=False)
+
+    def forward(self, losses_L: Tensor) -> Tensor:
+        """Maps cross-entropies [L] to []."""
+        return (losses_L * self.weights).sum()
+
+
+class ByUncertainty(nn.Module):
+    """The sum over labels t of exp(-s_t) L_t + s_t, where s_t is learnt (Kendall et al., arXiv:1705.07115)."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.zeros(len(labels)))
+
+    def forward(self, losses_L: Tensor) -> Tensor:
+        """Maps cross-entropies [L] to []."""
+        return (losses_L * torch.exp(-self.log_variances) + self.log_variances).sum()
+
+
+class BatchLoss(nn.Module):
+    """The loss of what a model's forward has given; to TorchRec's tracer it is a leaf.
+
+    In training it is the model's own where its class has a method `loss`; else, and in validations, cross-entropy.
+
+    Args:
+        model: whose method is asked.
+        negative_weight: weight of rows without a click in the loss; logits are corrected for it.
+        labels: names of the labels, in the order of the logits.
+        weights: of several labels, as `train.loss_weights`.
 
     Raises:
-        ConfigError: logits are not [B, 1], or an auxiliary loss is not [B].
+        ConfigError: the model has a loss of its own, and weights are set that it does not read.
     """
-    logits_B = without_padding(logits_of(output), batch)
-    labels_B = without_padding(batch.labels.float(), batch)
-    auxiliary_B: Tensor | None = None
-    if isinstance(output, tuple):
-        logits_B1, auxiliary_B = output
-        if auxiliary_B.shape != logits_B1.shape[:1]:
-            shapes = f"{[*logits_B1.shape]} and {[*auxiliary_B.shape]}"
-            msg = f"`model_class`: its forward must give logits [rows, 1] and an auxiliary loss [rows], got {shapes}"
+
+    def __init__(
+        self, model: nn.Module, negative_weight: float, labels: Sequence[str], weights: LossWeights = None
+    ) -> None:
+        super().__init__()
+        self._negative_weight, self._num_labels = negative_weight, max(1, len(labels))
+        method = getattr(type(model), "loss", None)
+        self._own = None if method is None else (model, method)  # in a tuple the model is no child
+        if self._own and (negative_weight != 1.0 or weights):
+            key = "loss_weights" if weights else "negative_weight"
+            msg = f"train.{key}: {type(model).__name__} has a `loss` of its own, which does not read it; leave it out"
             raise ConfigError(msg)
-        auxiliary_B = without_padding(auxiliary_B.float(), batch)
-    loss = batch_loss(logits_B, labels_B, batch, negative_weight, auxiliary_B)
-    row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
-    weights = () if row_weights_B is None else (without_padding(row_weights_B, batch),)
-    return loss, (loss.detach(), logits_B.detach(), labels_B.detach(), *weights)
+        of_labels = ByUncertainty(labels) if weights == "uncertainty" else WeightedSum(labels, weights or {})
+        self.of_labels = of_labels if self._num_labels > 1 else None
+
+    def forward(self, output: ModelOutput, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and detached what metrics are made of.
+
+        Returns:
+            The loss; and loss, logits, labels, and the row weights where the batch has some.
+
+        Raises:
+            ConfigError: logits are not [B, L], or an auxiliary loss, or the model's own, is not [B].
+        """
+        logits = without_padding(logits_of(output, self._num_labels), batch)
+        labels = without_padding(batch.labels.float(), batch)
+        row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
+        weights = () if row_weights_B is None else (without_padding(row_weights_B, batch),)
+        if self._own is not None and self.training:
+            loss = self._own_loss(output, labels, weights, batch)
+        else:
+            auxiliary_B = _auxiliary(output, batch) if isinstance(output, tuple) else None
+            loss = batch_loss(logits, labels, batch, self._negative_weight, auxiliary_B, self.of_labels)
+        return loss, (loss.detach(), logits.detach(), labels.detach(), *weights)
+
+    def _own_loss(
+        self, output: ModelOutput, labels: Tensor, weights: tuple[Tensor, ...], batch: TrainingBatch
+    ) -> Tensor:
+        assert self._own is not None, "asked before"
+        model, method = self._own
+        if isinstance(output, tuple):
+            output = without_padding(output[0], batch), without_padding(output[1], batch)
+        else:
+            output = without_padding(output, batch)
+        weights_B, *_ = *weights, labels.new_ones(len(labels))
+        losses_B: Any = method(model, output, labels, weights_B)
+        if not isinstance(losses_B, Tensor) or losses_B.shape != labels.shape[:1]:
+            got = [*losses_B.shape] if isinstance(losses_B, Tensor) else type(losses_B).__name__
+            msg = f"`model_class`: its `loss` must give a number of each row [rows], got {got}"
+            raise ConfigError(msg)
+        if not len(losses_B):
+            return losses_B.sum()
+        return (losses_B * weights_B).mean() * getattr(batch, "loss_weight", 1.0)
+
+
+def _auxiliary(output: tuple[Tensor, Tensor], batch: TrainingBatch) -> Tensor:
+    logits, auxiliary_B = output
+    if auxiliary_B.shape != logits.shape[:1]:
+        msg = f"`model_class`: its forward must give logits [rows, {logits.shape[1]}] and an auxiliary loss [rows], "
+        msg += f"got {[*logits.shape]} and {[*auxiliary_B.shape]}"
+        raise ConfigError(msg)
+    return without_padding(auxiliary_B.float(), batch)
 
 
 class DLRMTrain(nn.Module):
@@ -179,28 +267,37 @@ class DLRMTrain(nn.Module):
     model that holds its tables as `sparse_arch.embedding_bag_collection` is given embeddings that are looked up here.
 
     Args:
-        dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, 1], or in
-            training to these and an auxiliary loss of each row [B].
+        dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, L], or in
+            training to these and an auxiliary loss of each row [B], or what a loss of its own reads.
         negative_weight: weight of rows without a click in the loss; logits are corrected for it.
+        labels: names of the L labels, in the order of the logits; one where there are none.
+        loss_weights: of several labels, as `train.loss_weights`.
     """
 
-    def __init__(self, dlrm_module: nn.Module, negative_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        dlrm_module: nn.Module,
+        negative_weight: float = 1.0,
+        labels: Sequence[str] = (),
+        loss_weights: LossWeights = None,
+    ) -> None:
         super().__init__()
         self.model = dlrm_module
         self.around = Around(dlrm_module)
-        self.negative_weight = negative_weight
+        self.loss = BatchLoss(dlrm_module, negative_weight, labels, loss_weights)
         if any(isinstance(module, GlobalBatchNorm1d) for module in dlrm_module.modules()):
             self.register_forward_pre_hook(_announce_padding)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns the loss, and (loss, logits [B], labels [B]) detached; B rows without padding.
+        """Returns the loss, and (loss, logits [B], labels [B]) detached, of L labels [B, L]; B rows without padding.
 
         Where rows have weights (`Batch.row_weights`), these [B] are a fourth.
         """
         dense, features = batch.dense_features, batch.sparse_features
         tables = self.around.tables
         output = self.model(dense, features) if tables is None else self.around(dense, features, tables(features))
-        return loss_of(output, batch, self.negative_weight)
+        found: tuple[Tensor, tuple[Tensor, ...]] = self.loss(output, batch)
+        return found
 
 
 def _announce_padding(train: nn.Module, arguments: tuple[TrainingBatch]) -> None:

@@ -65,7 +65,7 @@ class CustomArchitecture(Architecture):
 
     Attributes:
         make: takes what `torchrec.models.dlrm.DLRM` takes, by name, and gives a module that maps dense features and a
-            KJT to logits [B, 1] and holds the tables as `sparse_arch.embedding_bag_collection`; or makes an interaction
+            KJT to logits [B, L] and holds the tables as `sparse_arch.embedding_bag_collection`; or makes an interaction
             arch.
         record: what identifies it.
         is_interaction: whether it is the latter: takes `num_sparse_features` and `embedding_dim`, and gives a module
@@ -81,9 +81,9 @@ class CustomArchitecture(Architecture):
     settings: tuple[tuple[str, Setting], ...] = ()
 
     def _own_arguments(self, shape: ModelShape) -> dict[str, Any]:
-        """What it is given besides what its like are: its settings, and the features where it takes them."""
-        takes_features = "features" in inspect.signature(self.make).parameters
-        return {**dict(self.settings), **({"features": shape.features} if takes_features else {})}
+        """What it is given besides what its like are: its settings, and features and labels where it takes them."""
+        there, takes = {"features": shape.features, "labels": shape.labels}, inspect.signature(self.make).parameters
+        return {**dict(self.settings), **{name: value for name, value in there.items() if name in takes}}
 
     def build(
         self, shape: ModelShape, embedding_bag_collection: "EmbeddingBagCollection", device: torch.device
@@ -296,7 +296,7 @@ def _is_interaction(make: Callable[..., nn.Module], name: str, settings: Collect
         ConfigError: it is neither.
     """
     signature = inspect.signature(make)
-    own = [*settings, *({"features"} & signature.parameters.keys())]
+    own = [*settings, *({"features", "labels"} & signature.parameters.keys())]
     for arguments in (_MODEL_ARGUMENTS, _INTERACTION_ARGUMENTS):
         with suppress(TypeError):
             signature.bind(**dict.fromkeys([*arguments, *own]))

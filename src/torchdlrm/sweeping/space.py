@@ -21,7 +21,7 @@ from torchdlrm.toml import did_you_mean, explain
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution  # choices are JSON text
 # With other values of these, trials are judged by other rows or labels, or differ by chance alone.
-_OF_EVERY_TRIAL = {"seed", "train.label", "validation.max_rows"}
+_OF_EVERY_TRIAL = {"seed", "train.label", "train.labels", "validation.max_rows"}
 
 
 class SweepSettings(Section):

@@ -68,7 +68,7 @@ def sweep(
     """
     start = load_config(config)
     searched = load_space(space, start)
-    encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_label(start.train.label)
+    encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_labels(start.train.label_names)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with watched(progress) as listener:
         return _Sweep(located(out), searched, encoded, listener).run()

@@ -191,7 +191,7 @@ def train(
 
     def opened() -> Dataset:
         found = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
-        return found.with_label(settings.train.label)
+        return found.with_labels(settings.train.label_names)
 
     def describe() -> Settings:
         return settings_of(settings, opened(), architecture, restart=restart, from_run=from_run)

@@ -38,7 +38,8 @@ LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 _SMALL_FILES = (CONFIG_NAME, "*.json", METRICS_NAME)
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = (
-    *("seed", "model.", "train.batch_size_global", "train.label"),
+    *("seed", "model.", "train.batch_size_global", "train.label", "train.labels"),
+    *("train.loss_weights", "train.loss_weights."),
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
     *("train.freeze", "warm_start."),
 )
@@ -307,7 +308,7 @@ class Run:
                 "ids do not mean the same; say with `dataset` where that one is"
             )
             raise RunError(msg)
-        return dataset.with_label(self.config.train.label)
+        return dataset.with_labels(self.config.train.label_names)
 
     def take_place(self, dataset: Dataset) -> None:
         """Record where the dataset is, if it has moved; it must be the one that the run was trained on."""

@@ -63,13 +63,14 @@ def build_sharded_model(
         ConfigError: `train.freeze` names what the model does not have, or all of it.
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
-    how = {"dropout": config.train.dropout, "negative_weight": config.train.negative_weight}
-    model = build_model(shape, ranks.device, **how)
+    train = config.train
+    how = {"dropout": train.dropout, "negative_weight": train.negative_weight}
+    model = build_model(shape, ranks.device, **how, loss_weights=train.loss_weights)
     if dense_sample is not None and shape.num_dense:
         standardize_dense_input(model.model, dense_sample)
     frozen = frozen_parts(config.train.freeze, model.model, shape.tables)
     # A single rank would reduce gradients with itself.
-    reduces = frozen.freeze_parameters(model.model) and ranks.world_size > 1
+    reduces = (frozen.freeze_parameters(model.model) or bool([*model.loss.parameters()])) and ranks.world_size > 1
     sharded = _shard(model, config, shape, ranks, reduces=reduces, frozen=frozen.tables)
     trained: Any = sharded.module.module
     frozen.keep_in_evaluation(trained.model)
@@ -111,7 +112,7 @@ def build_empty_model(config: Config, shape: ModelShape, *, ranks: Ranks) -> nn.
             "train": config.train.model_copy(update={"communication": "float32"}),
         }
     )
-    model = build_model(shape, ranks.device)
+    model = build_model(shape, ranks.device, loss_weights=config.train.loss_weights)
     return _shard(model, config, shape, ranks, reduces=False).module
 
 
