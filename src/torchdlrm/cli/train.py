@@ -206,7 +206,7 @@ def preview_lines(preview: "TrainingPreview") -> Iterator[str]:
         f"{agenda.batch_size_global:,} rows{smaller}"
     )
     yield f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}"
-    yield f"label: {preview.label}"
+    yield f"label{'s' if len(preview.labels) > 1 else ''}: {', '.join(preview.labels)}"
     yield f"precision of the dense parts: {preview.precision}"
     times = [f"every {config.validation.every_steps:,} steps"] if config.validation.every_steps else []
     times += [f"every {config.validation.every_rows:,} training rows"] if config.validation.every_rows else []
@@ -274,6 +274,8 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
     if summary.validation is not None:
         metrics = metric_cells(summary.validation, digits=4)
         facts |= {f"last val {name}": shown for name, shown in metrics.items()}
+        for label, of in summary.validation.get("labels", {}).items():
+            facts |= {f"last val {name}, {label}": shown for name, shown in metric_cells(of, digits=4).items()}
     say_facts(f"trained {run}", facts)
     if summary.validation is not None:
         say_undefined(summary.validation, " on the val split")

@@ -51,7 +51,7 @@ class TrainingPreview:
         precision: of the dense parts' matrix products.
         validation_rows: rows of the val split that a validation reads.
         from_step: where the run is now; 0 for a new one.
-        label: that is learnt.
+        labels: that are learnt.
         source: what a new run takes over from another.
         changes: of the config since the run was started.
     """
@@ -62,7 +62,7 @@ class TrainingPreview:
     precision: Precision
     validation_rows: int
     from_step: int
-    label: str
+    labels: Sequence[str]
     source: SourceRun | None = None
     changes: tuple[Change, ...] = ()
 
@@ -78,7 +78,8 @@ class TrainingPreview:
             "steps_per_epoch": self.agenda.steps_per_epoch,
             "num_rows": self.agenda.rows_after(self.agenda.num_steps),
             "precision": str(self.precision),
-            "label": self.label,
+            "label": self.labels[0],
+            **({"labels": [*self.labels]} if len(self.labels) > 1 else {}),
             "validation_rows": self.validation_rows,
             "from_step": self.from_step,
             "warm_start": self.source.record if self.source is not None else None,
@@ -130,7 +131,7 @@ def preview_training(
         precision=choose_precision(config, shape, device),
         validation_rows=min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows),
         from_step=max([] if restart else list_checkpoints(folder.checkpoints), default=0),
-        label=dataset.label_name,
+        labels=shape.labels,
         source=source,
         changes=tuple(changes),
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torchdlrm.training.steps import Agenda
 
 Outcome = Literal["finished", "interrupted", "failed"]
-Metrics = Mapping[str, float | None]
+Metrics = Mapping[str, Any]
 logger = logging.getLogger("torchdlrm")
 
 
@@ -35,7 +35,8 @@ class Callback:
 
     Metrics come by name: `rows` (training rows read up to then, over all ranks), `loss`, the metrics of the place `log`
     such as `ne` and `auc`, `learning_rate` of the dense optimizer, and `rows_per_s`. One that is not defined, as the
-    AUC of rows of one label, is None. An exception that a callback raises ends the training.
+    AUC of rows of one label, is None. Of several labels they are of the first, and `labels` has those of the others. An
+    exception that a callback raises ends the training.
     """
 
     def on_log(self, step: int, metrics: Metrics) -> None:
@@ -164,7 +165,7 @@ class TrainingSummary:
         best_auc: highest AUC of the val split, None without validation.
         best_step: the step that had it.
         validation: metrics of the val split after the last step, None when nothing was validated; in it what is not
-            defined is None.
+            defined is None, and `labels` has those of labels behind the first.
     """
 
     step: int
@@ -175,7 +176,7 @@ class TrainingSummary:
     stopped_because: str
     best_auc: float | None
     best_step: int | None
-    validation: dict[str, int | float | None] | None
+    validation: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as JSON has it."""
@@ -224,13 +225,18 @@ def _validations(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ][-10:]
 
 
-def validation_line(step: int, agenda: "Agenda", metrics: BinaryMetrics, *, is_best: bool) -> str:
-    """A validation in a line; those of a run have the same width."""
+def validation_line(step: int, agenda: "Agenda", metrics: Mapping[str, BinaryMetrics], *, is_best: bool) -> str:
+    """A validation in a line, with the metrics of each label; those of a run have the same width."""
     width = len(f"{agenda.num_steps:,}")
     where = f"step {step:>{width},} epoch {step / agenda.steps_per_epoch:.2f}"
     rows = show_count(agenda.rows_after(step))
-    values, undefined = metrics.as_dict(), why_undefined(metrics.as_dict())
-    shown = " ".join(f"{metric.label} {show_number(values[metric.name], 4)}" for metric in metrics_in("log"))
+    of_labels = {name: of.as_dict() for name, of in metrics.items()}
+    undefined = why_undefined(next(iter(of_labels.values())))
+    shown = ", ".join(
+        " ".join([name] * (len(metrics) > 1) + [f"{of.label} {show_number(values[of.name], 4)}" for of in logged])
+        for logged in [metrics_in("log")]
+        for name, values in of_labels.items()
+    )
     best = " best" if is_best else f" ({undefined})" if undefined else ""
     return f"{where} {rows:>7} rows  val {shown}{best}"
 
@@ -251,16 +257,15 @@ def plateau_line(position: Position) -> str:
     )
 
 
-def metrics_for_callbacks(metrics: BinaryMetrics, *, rows: int, learning_rate: float, rows_per_s: float) -> Metrics:
-    """Return the metrics that callbacks receive, by the names and in the order of metrics.jsonl."""
-    values = metrics.as_json()
-    return {
-        "rows": rows,
-        "loss": values[LOSS],
-        **{name: values[name] for name in logged_names()},
-        "learning_rate": learning_rate,
-        "rows_per_s": rows_per_s,
-    }
+def metrics_for_callbacks(
+    metrics: Mapping[str, BinaryMetrics], *, rows: int, learning_rate: float, rows_per_s: float
+) -> Metrics:
+    """Return the metrics of labels that callbacks receive, by the names and in the order of metrics.jsonl."""
+    values = {label: of.as_json() for label, of in metrics.items()}
+    named = {label: {"loss": of[LOSS], **{name: of[name] for name in logged_names()}} for label, of in values.items()}
+    first = named.pop(next(iter(metrics)))
+    others = {"labels": named} if named else {}
+    return {"rows": rows, **first, "learning_rate": learning_rate, "rows_per_s": rows_per_s, **others}
 
 
 def logged_names() -> list[str]:

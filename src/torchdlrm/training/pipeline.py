@@ -104,11 +104,21 @@ class PlainSteps:
 
 
 class Predictions(NamedTuple):
-    """Labels and logits of some rows, and their weights where they have some: float32 [rows] each."""
+    """Labels and logits of some rows, and their weights where they have some: float32 [rows] each, of L [rows, L]."""
 
     labels: NDArray[np.float32]
     logits: NDArray[np.float32]
     weights: NDArray[np.float32] | None = None
+
+    def by_label(self, names: Sequence[str]) -> "dict[str, Predictions]":
+        """Those of each label."""
+        columns = zip(names, by_label(self.labels), by_label(self.logits), strict=True)
+        return {name: Predictions(labels, logits, self.weights) for name, labels, logits in columns}
+
+
+def by_label(values: Any) -> Any:
+    """What is of each label, of values [B] of one, or [B, L]: tensors, or arrays."""
+    return [values] if values.ndim == 1 else [*values.T]
 
 
 class PredictionBuffer:
@@ -134,10 +144,10 @@ class PredictionBuffer:
         dist.gather_object(mine, everyone, dst=0, group=ranks.process_group)
         return None if everyone is None else Predictions(*map(np.concatenate, zip(*everyone, strict=True)))
 
-    def take_metrics(self, ranks: Ranks) -> BinaryMetrics | None:
-        """Exact metrics of what `take` returns."""
+    def take_metrics(self, ranks: Ranks, names: Sequence[str]) -> dict[str, BinaryMetrics] | None:
+        """Exact metrics of what `take` returns, by label."""
         taken = self.take(ranks)
-        return None if taken is None else binary_metrics(*taken)
+        return None if taken is None else {name: binary_metrics(*of) for name, of in taken.by_label(names).items()}
 
 
 def predict_loaders(

@@ -51,7 +51,9 @@ class Tracker(Callback, ABC):
 
 
 def _named(split: str, metrics: Metrics) -> dict[str, float]:
-    return {f"{split}/{name}": value for name, value in metrics.items() if name != "rows" and value is not None}
+    others = {f"{label}/{name}": value for label, of in metrics.get("labels", {}).items() for name, value in of.items()}
+    left_out = {"rows", "labels"}
+    return {f"{split}/{name}": v for name, v in {**metrics, **others}.items() if name not in left_out and v is not None}
 
 
 def check_trackers(names: Sequence[str]) -> None:

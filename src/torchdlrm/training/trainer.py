@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from torchdlrm.training.log import (
     plateau_line,
     validation_line,
 )
-from torchdlrm.training.pipeline import Pipeline, build_pipeline, predict_loaders
+from torchdlrm.training.pipeline import Pipeline, build_pipeline, by_label, predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
@@ -94,9 +95,9 @@ class Trainer:
         )
         self._model, self._stop_request = model, StopRequest(ranks)
         self._source, self._position, self._rate = source, Position(0, self._agenda.loader_state(0)), 0.0
-        self._interval = IntervalMetrics(ranks.device)
+        self._intervals = {column.name: IntervalMetrics(ranks.device) for column in dataset.schema.learnt}
         self._loss: torch.Tensor | None = None  # of this rank's rows in the last step
-        self._validation: dict[str, int | float | None] | None = None
+        self._validation: dict[str, Any] | None = None
         self._callbacks: Sequence[Callback] = ()
         self._asked_to_stop: str | None = None  # by a callback
         self._logged_rows, self._logged_s = 0, 0.0
@@ -180,7 +181,9 @@ class Trainer:
         # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due, and by each save.
         if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):
             self._refuse_if_not_finite(float(self._loss), step)
-        self._interval.add(*judged)
+        logits, labels, *weights = judged
+        for interval, *of in zip(self._intervals.values(), by_label(logits), by_label(labels), strict=True):
+            interval.add(*of, *weights)
         self._position = replace(self._position, step=step, loader=self._agenda.loader_state(step))
         self._progress.advance(self._agenda.rows_after(step) - self._agenda.rows_after(step - 1))
 
@@ -196,16 +199,17 @@ class Trainer:
 
     def _log_interval(self, step: int) -> None:
         """Write the metrics of the rows since the last time, each predicted before the model learnt from it."""
-        metrics = self._interval.take(self._ranks)
+        taken = {name: interval.take(self._ranks) for name, interval in self._intervals.items()}
         rows = self._agenda.rows_after(step)
         rows_per_s = (rows - self._logged_rows) / (self._watch.elapsed_s - self._logged_s)
         self._logged_rows, self._logged_s = rows, self._watch.elapsed_s
-        if metrics is None:
+        metrics = {name: of for name, of in taken.items() if of is not None}
+        if not metrics:
             return
         values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
         for callback in self._callbacks:
             callback.on_log(step, values)
-        self._progress.advance(0, **bar_figures(metrics))
+        self._progress.advance(0, **bar_figures(metrics[self._dataset.label_name]))
 
     def _validate(self, step: int) -> bool:
         """Write the metrics of the val split as it is predicted now; whether its AUC is the best so far."""
@@ -217,16 +221,18 @@ class Trainer:
         model = self._pipeline.detach()
         self._predicting = self._predicting or build_pipeline(model, None, ranks=self._ranks)
         predictions = predict_loaders(model, [loader], self._ranks, SILENT, self._predicting)
-        metrics = self._ranks.from_first(predictions.take_metrics(self._ranks))
+        metrics = self._ranks.from_first(predictions.take_metrics(self._ranks, [*self._intervals]))
         assert metrics is not None
-        self._validation = metrics.as_json()
-        rows_per_s = metrics.rows / (time.monotonic() - started_s)
+        first, *others = ({**of.as_json()} for of in metrics.values())
+        self._validation = first | ({"labels": dict(zip([*metrics][1:], others, strict=True))} if others else {})
+        judged = metrics[self._dataset.label_name]
+        rows_per_s = judged.rows / (time.monotonic() - started_s)
         rows = self._agenda.rows_after(step)
         values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
         reasons = [callback.on_validation(step, values) for callback in self._callbacks]
         self._asked_to_stop = self._ranks.from_first(next(filter(None, reasons), None))
         before = self._position
-        self._position = after_validation(before, metrics.auc, self._config.schedule)
+        self._position = after_validation(before, judged.auc, self._config.schedule)
         is_best = self._position.stale_validations == 0
         self._progress.note(validation_line(step, self._agenda, metrics, is_best=is_best))
         if self._position.plateau_scale != before.plateau_scale:

@@ -20,7 +20,7 @@ def hints(device, num_devices, rows):
     machine = device_named(device).spread(num_devices)
     tables = (Table("t_a", 1_000, 128), Table("t_b", 50, 128))
     solution = solve(Problem.of(config, tables, machine))
-    preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0, "label")
+    preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0, ["label"])
     return [line for line in preview_lines(preview) if line.startswith("hint: ")]
 
 
