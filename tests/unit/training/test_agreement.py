@@ -52,8 +52,10 @@ def test_every_key_of_the_config_is_compared(nodes):
         "model.features.cat_4.quotient_remainder": "add",
         "model.features.cat_4.num_collisions": "8",
         "model.settings.num_heads": "4",
+        "train.labels": "click,purchase",
+        "model.heads.after.purchase": "click",
     }
-    known = {name for name, _ in settings() if ANY_FEATURE not in name} - {"model.settings"}
+    known = {name for name, _ in settings() if ANY_FEATURE not in name} - {"model.settings", "model.heads.after"}
     assert known | of_features.keys() <= nodes(of_features)["settings"].keys()
     assert find_problems([nodes(), nodes()], 0) == []
 
