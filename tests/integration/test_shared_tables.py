@@ -1,20 +1,46 @@
-"""Columns that share a vocabulary and a table: an item that is shown, and those that were seen before, newest last."""
+"""Columns that share a vocabulary and a table: an item that is shown, and those that were seen before, newest last.
+
+From raw rows to predictions: what preprocessing counts, what a model learns, what its bundle and its deltas hold.
+"""
 
 import json
 import random
 
 import duckdb
+import numpy as np
 import polars as pl
 import pytest
 
+from helpers.days import TABLE, config, last_state
+from helpers.live_models import CONFIG, WIDE, files_of
+from helpers.predicted import rows_of_request
 from helpers.raw_logs import checksums
+from torchdlrm import ExportOptions, LiveModel, LiveSettings, Predictor, advance, export, train
+from torchdlrm.bundle.apply import apply_delta, write_delta
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.delta import Delta
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.data.judgements import judge_dataset
 from torchdlrm.data.page import dataset_page
 from torchdlrm.data.summary import summarize
+from torchdlrm.errors import BundleError, ConfigError
+from torchdlrm.exporting.checkpoint import CheckpointModel
+from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema, SplitRule
+from torchdlrm.insight.tables import table_uses
+from torchdlrm.prediction.fast_path import PlainRowEncoder
+from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.progress import SILENT
+from torchdlrm.serving.front.open_inference.tensors import Tensor
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
+from torchdlrm.training.run import Run
 
 SCHEMA = FeatureSchema(
     name="shop",
@@ -36,10 +62,10 @@ SCHEMA = FeatureSchema(
 NUM_ROWS = 1_500
 
 
-def rows_of(seed, first=0):
+def rows_of(seed, first=0, num_rows=NUM_ROWS):
     """Rows of items from `first` on; what was seen before is weighted, and may be the same item again."""
     rng = random.Random(seed)
-    for _ in range(NUM_ROWS):
+    for _ in range(num_rows):
         seen = [(rng.randrange(first, first + 90), rng.choice((1.0, 0.5))) for _ in range(rng.randrange(7))]
         item, shop = rng.choice([None, first + min(99, int(rng.expovariate(0.04)))]), f"s{rng.randrange(30)}"
         yield {
@@ -66,11 +92,16 @@ def as_text(row):
     return "\t".join(cells.values())
 
 
+def write_text(path, rows):
+    path.write_text("\n".join(["\t".join(rows[0]), *map(as_text, rows)]) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
     """The same rows as text, JSON Lines and Parquet."""
     folder, rows = tmp_path_factory.mktemp("logs"), list(rows_of(1))
-    (folder / "log.tsv").write_text("\n".join(["\t".join(rows[0]), *map(as_text, rows)]) + "\n")
+    write_text(folder / "log.tsv", rows)
     pl.DataFrame(rows).write_parquet(folder / "log.parquet", row_group_size=400)
     for row in rows:
         row["seen"] = [f"{each['value']}:{each['weight']}" for each in row["seen"]]  # an object has no value twice
@@ -134,3 +165,127 @@ def test_the_manifest_says_a_table_once_and_older_programs_are_told(dataset):
     assert f"{sum(sizes.values()):,}" in dataset_page(dataset)
     assert not any("item" in line for line in judge_dataset(dataset))
     assert Dataset.open(dataset.path).manifest == dataset.manifest
+
+
+@pytest.fixture(scope="module")
+def run(dataset, logs):
+    train(config(), dataset, logs / "run")
+    return logs / "run"
+
+
+def test_text_json_parquet_and_tensors_are_predicted_as_the_checkpoint_predicts_encoded_rows(run, dataset, logs):
+    bundle = export(run, logs / "bundle", options=ExportOptions(precision="float32")).bundle
+    assert (bundle.manifest.format_version, bundle.manifest.sparse["seen"]) == (10, bundle.manifest.sparse["item"])
+    vocabularies = [name for name in bundle.manifest.files if name.startswith("vocabulary/")]
+    assert vocabularies == ["vocabulary/item.parquet", "vocabulary/item.index"]
+    assert bundle.vocabularies["seen"] is bundle.vocabularies["item"]
+    assert [use["table"] for use in table_uses(bundle, SILENT)] == ["item", "shop", "page"]
+    model = CheckpointModel(open_checkpoint(Run.open(run), "last")[1], Run.open(run).shape(dataset))
+    encoded = pl.concat(rows_of_split(dataset, "test"))
+    expected = 1 / (1 + np.exp(-model.logits(EncodedRows.from_frame(encoded, dataset.schema)).astype(np.float64)))
+    first, predictor = NUM_ROWS - encoded.height, Predictor.open(logs / "bundle")
+    lines = [json.loads(line) for line in (logs / "log.jsonl").read_text().splitlines()[first:]]
+    cells = list(zip(*(line.split("\t") for line in (logs / "log.tsv").read_text().splitlines()), strict=True))
+    tensors = [
+        Tensor(name, "FP64", (encoded.height,), pl.Series(map(float, column[first:])))
+        if name == "price"
+        else Tensor(name, "BYTES", (encoded.height,), pl.Series([cell or None for cell in column[first:]]))
+        for name, *column in cells
+        if name != "click"
+    ]
+    of_tensors = predictor.encode(rows_of_request(tensors, predictor.schema, encoded.height))
+    for found in (
+        predictor.predict(pl.read_parquet(logs / "log.parquet")[first:]),
+        predictor.predict(lines),
+        predictor.predict_encoded(of_tensors).probabilities,
+        [predictor.predict([line])[0] for line in lines[:30]],
+    ):
+        np.testing.assert_allclose(found, expected[: len(found)], rtol=0, atol=1e-6)
+    # Rows without lists have a path of their own.
+    single = [column for column in SCHEMA.columns if getattr(column, "value_separator", None) is None]
+    alone = SCHEMA.with_columns([*single, SparseColumn(name="last", kind="int", table="item")])
+    vocabularies = bundle.vocabularies | {"last": bundle.vocabularies["item"]}
+    rows = [{name: line[name] for name in line if name not in ("click", "seen", "shops")} for line in lines]
+    rows = [{**row, "last": row["item"]} for row in rows]
+    fast = PlainRowEncoder(alone, bundle.dense, vocabularies).encode(rows)
+    slow = EncodedRows.from_frame(encode(RowReader(alone).read(rows), alone, bundle.dense, vocabularies), alone)
+    assert np.array_equal(fast.sparse, slow.sparse)
+    assert np.array_equal(fast.sparse[0], fast.sparse[-1])
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_a_shared_table_has_one_precision_and_an_export_is_known_again(run, logs, precision):
+    options = ExportOptions(precision=precision, max_logloss_increase=1.0)
+    done = [export(run, logs / precision, options=options) for _ in range(2)]
+    assert [each.was_complete for each in done] == [False, True]
+    assert done[0].search is None or [*done[0].search.tables] == ["item", "shop", "page"]
+    manifest = done[0].bundle.manifest
+    wrong = manifest.sparse["item"].model_copy(update={"num_embeddings": 1 << 20})
+    wrong = manifest.model_copy(update={"sparse": manifest.sparse | {"seen": wrong}})
+    (logs / f"{precision}-wrong").mkdir()
+    wrong.write(logs / f"{precision}-wrong")
+    with pytest.raises(BundleError, match=r"sparse\.seen: has another table or vocabulary than item, which it shares"):
+        BundleManifest.read(logs / f"{precision}-wrong")
+
+
+SMALLER = {
+    "model.features": '{item = {embedding_dim = 4}, page = {quotient_remainder = "add", num_collisions = 2}}',
+    "train.max_steps": "4",
+}
+
+
+def on_two(dataset, folder):
+    with join_process_group():
+        train(config(SMALLER), dataset, folder / "on-2")
+
+
+def test_two_processes_learn_what_one_does_with_tables_of_each_kind(dataset, logs):
+    launch(on_two, dataset.path, logs, processes=Processes(2))
+    train(config(SMALLER), dataset, logs / "on-1")
+    one, two = (last_state(logs / name, logs / f"state-{name}") for name in ("on-1", "on-2"))
+    assert one.keys() == two.keys()
+    assert {name.split(TABLE)[1].split(".")[0] for name in one if TABLE in name} == {"item", "shop", "page_q", "page_r"}
+    for name, value in one.items():
+        np.testing.assert_allclose(value, two[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_settings_of_a_table_are_those_of_its_owner(dataset, logs):
+    for features, message in (
+        ("{seen = {embedding_dim = 4}}", "model.features.seen: seen shares the table of item, which model.features.it"),
+        ('{item = {quotient_remainder = "mult"}}', "seen or item may have several values a cell"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(config({"model.features": features}), dataset, logs / "refused")
+
+
+def test_values_stay_while_a_column_has_them_and_deltas_give_the_bytes_of_the_whole_export(tmp_path):
+    schema = SCHEMA.model_copy(update={"split": SplitRule(rule="order", val=0.0, test=0.0)})
+    for period in (1, 2, 3):
+        rows = list(rows_of(period, first=60 * period, num_rows=500))
+        for row in rows[:3] if period == 2 else ():
+            row["seen"] = [{"value": 61, "weight": 1.0}]  # of the first period; no row shows it any more
+        log = write_text(tmp_path / f"{period}.tsv", rows)
+        settings = LiveSettings(min_count=3, expire_after=1, gate=WIDE)
+        advance(tmp_path / "live", log, config=CONFIG, schema=schema, settings=settings)
+    live = LiveModel.open(tmp_path / "live")
+    first, second, third = (Dataset.open(live.day(period) / "dataset").vocabulary("item").table for period in (1, 2, 3))
+    number = dict(first.select("value", "id").iter_rows())[61]
+    assert dict(second.select("value", "id").iter_rows())[61] == number
+    assert 61 not in third["value"]
+    today = Dataset.open(live.day(2) / "dataset")
+    assert len(today.reset_ids("item")) > 10
+    assert (live.periods[1].features["item"].expired, live.periods[1].features["seen"].expired) > (10, 0)
+    for before in (1, 2):
+        base, full, delta = live.bundle(before), live.bundle(before + 1), tmp_path / f"delta-{before}"
+        delta.mkdir()
+        write_delta(base, full, delta)
+        assert {name for name in Delta.open(delta).manifest.files if "vocabulary" in name} == {
+            "vocabulary/item.parquet",
+            "vocabulary/item.index",
+        }
+        apply_delta(base, delta, tmp_path / f"applied-{before}")
+        assert files_of(tmp_path / f"applied-{before}") == files_of(full)
+        patched = PatchedBundle(Bundle.open(base), Delta.open(delta))
+        assert patched.vocabularies["seen"] is patched.vocabularies["item"]
+        lines = pl.read_csv(tmp_path / "3.tsv", separator="\t", infer_schema=False).drop("click")
+        assert np.array_equal(Predictor(patched).predict(lines), Predictor.open(full).predict(lines))

@@ -132,17 +132,20 @@ def show_bundle(folder: Path, *, as_json: bool) -> None:
     )
     hashed = {column.name for column in bundle.schema.sparse if column.hash is not None}
     rows = []
-    for name, record in manifest.sparse.items():
+    for column in bundle.schema.sparse:
+        name, record = column.name, manifest.sparse[column.name]
         mine = [table for table in manifest.tables if table.feature == name]
         spans = [bundle.weights.span(table_weight(table.table_key)) for table in mine]
         known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
         rows.append(
             {
                 "feature": name,
-                "table rows": " and ".join(f"{table.rows:,}" for table in mine),
+                "table rows": " and ".join(f"{table.rows:,}" for table in mine)
+                if column.table is None
+                else f"as {column.table}",
                 "dim": str(mine[0].dim),
                 "precision": record.precision,
-                "bytes": show_bytes(sum(end - start for start, end in spans)),
+                "bytes": "-" if column.table is not None else show_bytes(sum(end - start for start, end in spans)),
                 "vocabulary": known,
             }
         )

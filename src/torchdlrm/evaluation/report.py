@@ -262,10 +262,10 @@ def _dataset(run: Run) -> Iterator[Part]:
         path, sha256 = (run.environment["dataset"][name] for name in ("path", "manifest_sha256"))
         yield Part("Dataset", [f"{path}, no longer there or changed; sha256 of its dataset.json: {sha256}"])
         return
-    tables = dataset.num_embeddings
+    num_rows = sum(dataset.table_rows.values())
     about = (
-        f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and {len(tables)} "
-        f"sparse features, {sum(tables.values()):,} rows in all tables; label {dataset.label_name}"
+        f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and "
+        f"{len(dataset.sparse_names)} sparse features, {num_rows:,} rows in all tables; label {dataset.label_name}"
     )
     splits = [
         {

@@ -47,7 +47,7 @@ def require_same(
     was = {key: getattr(found, key) for key in about} | {"check_rows": found.check.rows if found.check else 0}
     if may_be_float32 and found.dense_precision == "float32":
         about = {**about, "dense_precision": "float32"}
-    was["tables"] = {table.key: found.sparse[table.feature].precision for table in found.tables}
+    was["tables"] = {table.table_key: found.sparse[table.feature].precision for table in found.tables}
     lines = differences(_flat(was), _flat({**about, "check_rows": check_rows, "tables": dict(tables)}))
     if not lines and (name := next(_other_weights(out, weights, tables), None)):
         lines = [f"  {name}: the checkpoint has others"]

@@ -184,7 +184,7 @@ def _export(
     if options.precision == "auto":
         with reported(shape.architecture):
             search = _search(model, dataset, options, progress)
-        precisions = search.precisions
+        precisions = {column.name: search.precisions[column.owner] for column in dataset.schema.sparse}
     else:
         search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
     dense_precision, reason = _dense_precision(shape, options, precisions)
@@ -312,7 +312,7 @@ def _search(
         model,
         rows_of_split(dataset, split, min(options.check_rows, SENSITIVITY_ROWS)),
         dataset.schema,
-        dataset.num_embeddings,
+        dataset.table_rows,
         max_logloss_increase=_max_increase(options),
         progress=progress,
     )

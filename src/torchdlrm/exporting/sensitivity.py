@@ -58,7 +58,7 @@ class PrecisionSearch:
     """What was chosen for all tables.
 
     Attributes:
-        tables: by feature.
+        tables: by the feature that owns each.
         rows: on how many it was measured.
         max_logloss_increase: what was asked for.
         expected_increase: the sum of the tables' costs.
@@ -73,7 +73,7 @@ class PrecisionSearch:
 
     @property
     def precisions(self) -> dict[str, TablePrecision]:
-        """The precision of each feature's table."""
+        """The precision of each table."""
         return {feature: table.chosen for feature, table in self.tables.items()}
 
 
@@ -92,7 +92,7 @@ def choose_precisions(
         model: the checkpoint.
         frames: encoded rows with label and weight that the export's own check does not use, where there are such.
         schema: of the columns.
-        num_embeddings: rows of each feature's table.
+        num_embeddings: rows of each table, by the feature that owns it.
         max_logloss_increase: what all tables together may cost, in nats.
         progress: receives the rows done.
     """
@@ -103,15 +103,19 @@ def choose_precisions(
     costs: dict[str, dict[TablePrecision, float]] = {
         name: dict.fromkeys(TABLE_PRECISIONS, 0.0) for name in num_embeddings
     }
+    places: dict[str, list[int]] = {}
+    for place, column in enumerate(schema.sparse):
+        places.setdefault(column.owner, []).append(place)
     before = []
     for batch in rows:
         pooled = model.all_pooled(batch)
         logits = model.logits_of(batch, pooled)
         before.append(logits)
-        for feature, name in enumerate(num_embeddings):
+        for name in num_embeddings:
             for precision in _DOWNWARDS[1:]:
                 served = pooled.clone()
-                served[:, model.columns(feature)] = model.pooled(batch, feature, precision)
+                for feature in places[name]:
+                    served[:, model.columns(feature)] = model.pooled(batch, feature, precision)
                 changed = model.logits_of(batch, served)
                 costs[name][precision] += float(_divergence(logits, changed).sum()) / len(labels)
             progress.advance(batch.num_rows)
@@ -128,7 +132,7 @@ def choose_precisions(
         progress.start_phase(f"try the choice ({attempt + 1})", len(labels))
         after = []
         for batch in rows:
-            after.append(model.logits(batch, list(chosen.values())))
+            after.append(model.logits(batch, [chosen[column.owner] for column in schema.sparse]))
             progress.advance(batch.num_rows)
         measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after), *weights)
         if measured.is_within(max_logloss_increase):

@@ -87,11 +87,12 @@ def import_weights(
 
 def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) -> dict[str, Tensor]:
     """The weights of a run as another program's state dict, in memory; raises RunError where it has no such model."""
-    config, ours = run.config.model, [table_weight(name) for name in dataset.sparse_names]
+    config, ours = run.config.model, [table_weight(name) for name in dataset.table_rows]
     unlike = {
         "a model class": run.model_class is not None,
         "smaller tables (model.features)": bool(config.features),
         "a cross net with gates (model.dcn.gated)": config.dcn.gated,
+        "a table that columns share": form == "dlrm" and len(ours) < len(dataset.sparse_names),
         f"the interaction {config.interaction}": form == "dlrm" and config.interaction != "dot",
     }
     if has := ", ".join(what for what, is_so in unlike.items() if is_so):
@@ -165,7 +166,7 @@ class _UpstreamWeights(CheckpointReader):
     """Weights of another program, read as a checkpoint of a model for a dataset; raises as `import_weights`."""
 
     def __init__(self, where: str, form: Form, given: Mapping[str, Tensor], dataset: Dataset) -> None:
-        ours, problems = [table_weight(name) for name in dataset.sparse_names], list[str]()
+        ours, problems = [table_weight(name) for name in dataset.table_rows], list[str]()
         theirs = [name for name in given if name.startswith(("sparse_arch.embedding_bag_collection.", "emb_l."))]
         if form == "dlrm":
             num_layers = (sum(name.startswith(arch) for name in given) // 2 for arch in ("bot_l.", "top_l."))

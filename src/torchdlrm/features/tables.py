@@ -59,7 +59,13 @@ class Feature:
 def sparse_features(schema: FeatureSchema, num_ids: Mapping[str, int]) -> tuple[Feature, ...]:
     """The sparse features of a schema, in its order; `num_ids` of each by name."""
     return tuple(
-        Feature(column.name, num_ids[column.name], is_multi_valued=column.is_multi_valued, max_values=column.max_values)
+        Feature(
+            column.name,
+            num_ids[column.name],
+            is_multi_valued=column.is_multi_valued,
+            max_values=column.max_values,
+            table=column.table,
+        )
         for column in schema.sparse
     )
 
@@ -194,6 +200,10 @@ def check_features(model: ModelConfig, features: Sequence[Feature]) -> None:
             hint = did_you_mean(name, by_name) or f"; they are {', '.join(list(by_name)[:5])}, ..."
             problems.append(f"{key}: there is no sparse feature {name}{hint}")
             continue
+        if (owner := by_name[name].table) is not None:
+            problems.append(f"{key}: {name} shares the table of {owner}, which model.features.{owner} is about")
+            continue
+        sharing = [other.name for other in features if name in (other.name, other.table)]
         if feature.quotient_remainder is None:
             continue
         rows = by_name[name].num_ids
@@ -201,14 +211,14 @@ def check_features(model: ModelConfig, features: Sequence[Feature]) -> None:
             problems.append(
                 f"{key}.num_collisions: must be below the feature's {rows:,} ids, got {feature.num_collisions}"
             )
-        if feature.quotient_remainder == "mult" and by_name[name].is_multi_valued:
+        if feature.quotient_remainder == "mult" and any(by_name[other].is_multi_valued for other in sharing):
             problems.append(
-                f"{key}.quotient_remainder: {name} may have several values a cell, for which products of sums are no "
-                "sums of products; use add"
+                f"{key}.quotient_remainder: {' or '.join(sharing)} may have several values a cell, for which products "
+                "of sums are no sums of products; use add"
             )
         problems += [
             f"{key}.quotient_remainder: makes a table {table_name(part)}, which the feature {part} has already"
-            for part in (f"{name}_q", f"{name}_r")
+            for part in (f"{other}_{half}" for other in sharing for half in "qr")
             if part in by_name
         ]
     if problems:

@@ -39,8 +39,9 @@ def table_uses(bundle: Bundle, progress: ProgressListener) -> list[dict[str, Any
         the lengths that 5 %, 50 % and 95 % of the rows that were seen that often are below. Where values are hashed or
         are ids, or several share a row, `seen_rows` is None and there are no `norms`.
     """
-    progress.start_phase("tables", sum(table.rows for table in bundle.manifest.tables))
-    return [_use_of(bundle, table, progress) for table in bundle.manifest.tables]
+    tables = {table.name: table for table in bundle.manifest.tables}.values()  # several keys may look into one
+    progress.start_phase("tables", sum(table.rows for table in tables))
+    return [_use_of(bundle, table, progress) for table in tables]
 
 
 def nearest(bundle: Bundle, feature: str, value: str, count: int = 10) -> dict[str, float]:
@@ -85,7 +86,7 @@ def _use_of(bundle: Bundle, table: FeatureTable, progress: ProgressListener) -> 
     singular_D = np.sqrt(np.linalg.eigvalsh(gram_DD).clip(0))
     fractions = singular_D[singular_D > 0] / singular_D.sum()
     rank = float(np.exp(-(fractions * np.log(fractions)).sum())) if fractions.size else np.nan
-    use = {"table": table.key, "rows": table.rows, "dim": table.dim, "effective_rank": rank}
+    use = {"table": table.table_key, "rows": table.rows, "dim": table.dim, "effective_rank": rank}
     if seen_R is None:
         return use | {"seen_rows": None, "norms": {}}
     groups = ((seen, lengths_R[seen_R == i]) for i, seen in enumerate(SEEN_FROM, 1))

@@ -29,9 +29,11 @@ class Graph:
         return name
 
     def constant(self, values: Any, dtype: Any = np.int64, name: str = "") -> str:
-        """Add a constant; its name."""
-        name = name or f"constant_{len(self.constants)}"
-        self.constants[name] = np.asarray(values, dtype)
+        """Add a constant, unless the same memory is one; its name."""
+        array = np.asarray(values, dtype)
+        same = (of for of, known in self.constants.items() if known.__array_interface__ == array.__array_interface__)
+        name = name or next(same, f"constant_{len(self.constants)}")
+        self.constants[name] = array
         return name
 
     def linear(self, x: str, weight: str, bias: str = "", *, relu: bool = False) -> str:
