@@ -15,6 +15,7 @@ from torchdlrm.logs.download import SOURCES, parse_days
 from torchdlrm.logs.download import download as run_download
 from torchdlrm.logs.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.synthetic.log import Attainable, SyntheticTruth, schema_path, truth_path
+from torchdlrm.synthetic.shop import Extra
 from torchdlrm.synthetic.synthesize import day_path, late_path
 from torchdlrm.synthetic.synthesize import synthesize as write_log
 from torchdlrm.synthetic.values import Companions, Drift
@@ -32,6 +33,9 @@ def synthesize(
     days: int | None = None,
     drift: Drift | None = None,
     label_delay: float | None = None,
+    labels: Literal[1, 2] = 1,
+    content: Flag = False,
+    history: Flag = False,
     force: Flag = False,
     as_json: Json = False,
 ) -> None:
@@ -53,6 +57,10 @@ def synthesize(
         drift: With --days, how much changes in a day.
         label_delay: With --days, the fraction of the clicks that are known only on the day after: 0 in day_00.tsv;
             their rows are in late_00.tsv, with a 1.
+        labels: 2: Write the log of a shop, where a purchase may follow a click. The schema of it, and of the next two,
+            goes to the same name with .schema.toml appended.
+        content: Write the log of a shop whose items have a vector each; most of those at the end of the log are new.
+        history: Write the log of a shop with the items that a user looked at last, the newest last.
         force: Replace a file that is there; with --days all days that are in the folder.
     """
     if out.is_dir() and days is None:
@@ -64,18 +72,22 @@ def synthesize(
     if companions is not None and not multi_hot:
         msg = "--companions: is for cells of several values; give --multi-hot too"
         raise ConfigError(msg)
+    chosen: dict[Extra, bool] = {"purchase": labels == 2, "content": content, "history": history}
+    extras = [name for name, is_chosen in chosen.items() if is_chosen]
+    has_schema = multi_hot or bool(extras)
     started_at_s = time.perf_counter()
     with progress_bars(f"synthesize {out}") as progress:
         truth = write_log(
             out,
             rows=rows,
             seed=seed,
-            preset=preset or ("criteo-1tb" if multi_hot else "criteo-kaggle"),
+            preset=preset or ("criteo-1tb" if multi_hot else None),
             multi_hot=(companions or "uniform") if multi_hot else None,
             max_embeddings=max_embeddings,
             days=days,
             drift=drift,
             label_delay=label_delay,
+            extras=extras,
             resume=not force,
             progress=progress,
         )
@@ -90,13 +102,13 @@ def synthesize(
     logs = [out] if days is None else [day_path(out, day) for day in range(days)]
     say(f"{sum(log.stat().st_size for log in logs):,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}")
     if days is None:
-        option = " --schema {}" if multi_hot else ""
+        option = " --schema {}" if has_schema else ""
         say_next(f"dlrm preprocess {{}}{option} --out dataset", out, schema_path(out))
     else:
         advance = "dlrm advance live {} --config criteo-small --schema criteo-bucketed"
         say_next(f"{advance}, and then day by day", logs[0])
     if as_json:
-        schema = {"schema": str(schema_path(out))} if multi_hot else {}
+        schema = {"schema": str(schema_path(out))} if has_schema else {}
         files = {"days": [_day(out, day, truth) for day in range(days)]} if days is not None else {}
         print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict(), **files})
 

@@ -8,7 +8,7 @@ import gzip
 import json
 import math
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -28,6 +28,7 @@ from torchdlrm.progress import ProgressListener
 from torchdlrm.ranks import auc_from_counts
 from torchdlrm.synthetic.model import NUM_LOGITS, click_thresholds
 from torchdlrm.synthetic.rows import BLOCK_ROWS, RowGenerator, Rows
+from torchdlrm.synthetic.shop import ShopGenerator
 from torchdlrm.synthetic.values import Companions, Drift
 
 _CHUNK_ROWS = 16 * BLOCK_ROWS  # the unit of work, of writing and of compression
@@ -79,7 +80,7 @@ class SyntheticTruth(BaseModel, frozen=True):
     Attributes:
         rows: of the whole log.
         seed: given.
-        preset: given.
+        preset: given; of the log of a shop, what it has.
         click_rate: fraction of all rows that was clicked.
         auc: attainable on all rows.
         logloss: attainable on all rows, in nats.
@@ -90,7 +91,8 @@ class SyntheticTruth(BaseModel, frozen=True):
         day: in the truth about a day, which.
         splits: attainable on the rows that a split by order keeps for judging: `held_out`, the last `rows // 7`,
             its first half `val` (the larger by one where they differ) and its second half `test`.
-            Of a log of several days these days, `day_00` and so on, in the truth about all of them.
+            Of a log of several days these days, `day_00` and so on, in the truth about all of them. Of the log of a
+            shop also `val.purchase` or `val.without_content` and so on, `whole.purchase` of all rows.
     """
 
     rows: int
@@ -145,7 +147,7 @@ def read_truth(log: Path) -> SyntheticTruth:
 
 def write_log(
     path: Path,
-    generator: RowGenerator,
+    generator: RowGenerator | ShopGenerator,
     given: SyntheticTruth,
     progress: ProgressListener,
     *,
@@ -166,7 +168,7 @@ def write_log(
         The truth, and the counts of the whole log.
     """
     parts = _parts(given.rows)
-    counts = {name: np.zeros(2 * NUM_LOGITS, np.int64) for name in parts}
+    counts: dict[str, Counts] = defaultdict(lambda: np.zeros(2 * NUM_LOGITS, np.int64))
     late_clicks = 0
     with ExitStack() as files:
         # The log takes its name last: one that is there is never without what stands next to it.
@@ -182,9 +184,12 @@ def write_log(
             late_clicks += rows.late_text.count(b"\n")
             for name, bounds in parts.items():
                 start, end = (max(row - first_row, 0) for row in bounds)
-                counts[name] += _counts(rows.outcomes[start:end])
+                for of, outcomes in {name: rows.outcomes, **{f"{name}.{n}": o for n, o in rows.others.items()}}.items():
+                    counts[of] += _counts(outcomes[start:end])
             progress.advance(len(rows.outcomes))
-        splits = {name: Attainable.of(counts[name], start) for name, (start, _) in parts.items()}
+        splits = {name: Attainable.of(of, parts[name.partition(".")[0]][0]) for name, of in counts.items()}
+        for name in [name for name in splits if ".without_" in name]:  # their logits rank rows, and are no more
+            splits[name] = splits[name].model_copy(update={"logloss": math.nan})
         truth = given.of(splits.pop("whole"), splits, late_clicks)
         truth_file.write(truth.as_json())
     return truth, counts["whole"]
@@ -232,7 +237,7 @@ def _counts(outcomes: NDArray[np.int32]) -> Counts:
 
 
 def _chunks(
-    generator: RowGenerator,
+    generator: RowGenerator | ShopGenerator,
     num_rows: int,
     label_delay: float = 0.0,
     *,
@@ -241,7 +246,7 @@ def _chunks(
 ) -> Iterator[tuple[int, Rows]]:
     """First row and rows of each chunk, in order; workers are ahead by two each, which bounds the memory."""
     # With companions a block alone has 9 MB.
-    chunk_rows = BLOCK_ROWS if generator.values.companions else _CHUNK_ROWS
+    chunk_rows = BLOCK_ROWS if generator.has_large_blocks else _CHUNK_ROWS
 
     def make(start: int) -> tuple[int, Rows]:
         end = min(start + chunk_rows, num_rows)

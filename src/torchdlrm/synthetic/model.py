@@ -18,6 +18,7 @@ All arithmetic on rows is on integers: no rounding, hence the same labels on eve
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ class HiddenModel:
         self._latent_scale = 2.0**_LATENT_BITS * latent_std
         self._make_tables(main, latents)
         effects = self.main_effects(calibration_codes) + self.interactions(calibration_codes)
-        self._intercept = _intercept(effects, shape.click_rate)
+        self._intercept = intercept(effects, 1 << _MAIN_BITS, shape.click_rate)
 
     def logits(self, codes: list[Codes]) -> NDArray[np.int32]:
         """True log-odds of B rows in units of 1 / LOGIT_UNITS, from 0 for -16: an index into `click_thresholds`.
@@ -211,14 +212,14 @@ def _choose_pairs(fractions: list[_Floats], rng: np.random.Generator) -> list[tu
     return list(zip(columns[::2], columns[1::2], strict=True))
 
 
-def _intercept(effects: NDArray[np.int32], click_rate: float) -> int:
-    """That with which the mean probability is the click rate, by bisection."""
-    logits = effects / 2.0**_MAIN_BITS
+def intercept(effects: NDArray[Any], units: int, rate: float, weights: _Floats | float = 1.0) -> int:
+    """That with which the mean of weight times probability is the rate, by bisection; all in 1 / `units`."""
+    logits = effects / units
     low, high = -20.0, 20.0
     while high - low > 2.0**-_MAIN_BITS:
         middle = (low + high) / 2
-        if (1.0 / (1.0 + np.exp(-(logits + middle)))).mean() < click_rate:
+        if (weights / (1.0 + np.exp(-(logits + middle)))).mean() < rate:
             low = middle
         else:
             high = middle
-    return round(low * 2**_MAIN_BITS)
+    return round(low * units)

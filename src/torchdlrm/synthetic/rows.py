@@ -9,7 +9,7 @@ where short fields are padded with NUL; the padding is dropped from the whole at
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +44,13 @@ class Rows:
         text: their lines; where the click is late as if there were none.
         late_text: the lines of the rows whose click is late, with it.
         outcomes: int32 [B], 2 * logit + label: the true logit on the grid of the hidden model, and whether it clicked.
+        others: outcomes of another label, or with the logit without an input, by a name for it.
     """
 
     text: bytes
     late_text: bytes
     outcomes: NDArray[np.int32]
+    others: Mapping[str, NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class RowGenerator:
         companion_keys = np.array(seeds[2].generate_state(num_values), np.uint32)
         keys = np.array(seeds[3].generate_state(2 * len(self.shape.sparse)), np.uint32)
         self.values = Values(self.shape, self._drift, keys, companions, companion_keys)
+        self.has_large_blocks = companions is not None
         self._empty_line = _empty_line(len(self.shape.dense), self.values.sizes)
         self._dense_fields = [_dense_fields(column) for column in self.shape.dense]
         self._hex_digits = _hex_digits()
@@ -120,7 +123,7 @@ class RowGenerator:
                 lines = lines[late[:num_rows]]
                 lines["label"] = _LABEL_FIELDS[1]
                 late_texts.append(_text(lines))
-        return Rows(b"".join(texts), b"".join(late_texts), np.concatenate(outcomes))
+        return Rows(b"".join(texts), b"".join(late_texts), np.concatenate(outcomes), {})
 
     def _bits(self, block: int) -> NDArray[np.uint64]:
         block += self.values.day * _BLOCKS_PER_DAY

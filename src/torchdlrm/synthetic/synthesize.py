@@ -10,6 +10,7 @@ cell also `log.tsv.schema.toml`; of several days a folder with `day_00.tsv`, `da
 | model | seed | effects of values and of pairs of values, which drift | model.py |
 | values | ranks | the values that have them on a day, and their companions | values.py |
 | rows | seed, number of a block | lines, labels, true logits | rows.py |
+| shop | seed, first and last row | rows with what the Criteo layout lacks, labels, true logits | shop.py |
 | log | rows | log and truth | log.py |
 | job | what the user gives | the files | here |
 
@@ -20,9 +21,10 @@ text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -35,6 +37,7 @@ from torchdlrm.synthetic.log import Attainable, SyntheticTruth, count_rows, read
 from torchdlrm.synthetic.model import NUM_LOGITS
 from torchdlrm.synthetic.rows import VALUE_SEPARATOR, RowGenerator
 from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES, PRESETS, LogShape
+from torchdlrm.synthetic.shop import Extra, ShopGenerator
 from torchdlrm.synthetic.values import COMPANIONS, Companions, Drift
 
 _OURS = re.compile(r"(day|late)_\d{2,}\.tsv(\.truth\.json)?|truth\.json")
@@ -47,12 +50,13 @@ def synthesize(
     *,
     rows: int,
     seed: int = 0,
-    preset: str = "criteo-kaggle",
+    preset: str | None = None,
     multi_hot: Companions | None = None,
     max_embeddings: int | None = None,
     days: int | None = None,
     drift: Drift | None = None,
     label_delay: float | None = None,
+    extras: Sequence[Extra] = (),
     resume: bool = True,
     progress: ProgressListener | bool = True,
 ) -> SyntheticTruth:
@@ -62,7 +66,7 @@ def synthesize(
         path: of the log, compressed with gzip when it ends in `.gz`; a file that is there is replaced.
         rows: of the log, at least 1.
         seed: of everything: hidden model, features, labels; not negative.
-        preset: `criteo-kaggle` or `criteo-1tb`, which says how columns are distributed and how often rows are clicked.
+        preset: `criteo-kaggle` (the default) or `criteo-1tb`: how columns are distributed, how often rows are clicked.
         multi_hot: with it cells hold as many values as in MLPerf's DLRM-DCNv2 benchmark, 214 a row: behind each value
             stand its companions, `uniform` or `pareto`, which are the same wherever the value is. The schema of such a
             log is written too. Labels and first values, and so the truth, are those of the log without companions; a
@@ -73,6 +77,9 @@ def synthesize(
         drift: what changes from one day to the next; only with `days`, where the default is `Drift()`.
         label_delay: fraction of the clicks that are known only on the day after; only with `days`. Their rows are in
             `day_NN.tsv` without the click, and with it in `late_NN.tsv`.
+        extras: write the log of a shop, and its schema, that has these: `purchase`, a second label; `content`, a vector
+            of each item, of which those at the end of the log are new; or `history`, the items that the user looked at
+            last. It goes with none of the options above but `rows` and `seed`.
         resume: with `days`, complete days in the folder are kept, and others added; False: they are replaced.
         progress: receives the rows written; True draws a bar on a terminal and in a notebook, False is silent.
 
@@ -84,20 +91,31 @@ def synthesize(
         LogError: a file cannot be written, or with `resume` the folder holds days of other arguments.
     """
     path = Path(path)
-    for problem in _problems(rows, seed, preset, multi_hot, max_embeddings, days, drift, label_delay):
+    of_criteo = preset, multi_hot, max_embeddings, days, drift, label_delay
+    problems = list(_problems(rows, seed, preset or "criteo-kaggle", *of_criteo[1:]))
+    if not {*extras} <= {*get_args(Extra)} or {"content", "history"} <= {*extras}:
+        problems.append(
+            f"`content`, `history`: choose one of these, whose new items no history has; got {', '.join(extras)}"
+        )
+    if extras and any(option is not None for option in of_criteo):
+        problems.append(
+            "`preset`, `multi_hot`, `days`: are not for the log of a shop: two `labels`, `content` or `history`"
+        )
+    for problem in problems:
         raise ConfigError(problem)
     if days is not None and (path.suffix in {".gz", ".tsv", ".txt", ".csv"} or (path.exists() and not path.is_dir())):
         msg = f"{path}: `days` writes a folder of logs, and this names a file; name a folder"
         raise LogError(msg)
     drift = None if days is None else drift or Drift()
+    preset = preset or (f"shop with {' and '.join(extras)}" if extras else "criteo-kaggle")
     given = SyntheticTruth(
         rows=rows, seed=seed, preset=preset, multi_hot=multi_hot, drift=drift, label_delay=label_delay or 0.0
     )
-    generator = RowGenerator(preset, seed, multi_hot, drift or Drift())
+    generator = ShopGenerator(seed, extras) if extras else RowGenerator(preset, seed, multi_hot, drift or Drift())
     with watched(progress) as listener:
-        if days is not None:
+        if days is not None and isinstance(generator, RowGenerator):
             return _synthesize_days(path, days, given, generator, listener, resume=resume)
-        schema = _multi_hot_schema(generator.shape, max_embeddings) if multi_hot else None
+        schema = _multi_hot_schema(PRESETS[preset], max_embeddings) if multi_hot else getattr(generator, "schema", None)
         listener.start_phase("write rows", rows)
         truth, _ = write_log(path, generator, given, listener, schema=schema)
         return truth
