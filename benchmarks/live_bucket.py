@@ -5,12 +5,15 @@
     python benchmarks/live_bucket.py two                                  # two `dlrm advance` at once, and a killed one
     python benchmarks/live_bucket.py kills --kills 20                     # each on another host, whose cache is empty
     python benchmarks/live_bucket.py machines                             # two advance together
+    python benchmarks/live_bucket.py faults                               # what goes wrong with a bucket in a period
+    python benchmarks/live_bucket.py watch                                # `--watch`, stopped while it waits and works
+    python benchmarks/live_bucket.py cluster                              # preprocessed by Dask workers
 
 An S3 server of its own on the loopback interface (moto, its objects in memory), logs whose values and clicks drift from
 day to day, a small model.  `follow` advances in this process, and `dlrm serve` follows the object `current`; one client
 asks for a row after the other.  The time of a switch is from the write of `current` to the first answer of the new
-model.  The server's memory is its anonymous memory (RssAnon).  `two` and `kills` run the real command; their hosts are
-cache folders.
+model.  The server's memory is its anonymous memory (RssAnon).  All others run the real command; their hosts are cache
+folders.
 """
 
 import argparse
@@ -18,12 +21,14 @@ import json
 import os
 import random
 import resource
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +37,8 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers.buckets import BUCKET, bytes_of, s3_server  # type: ignore[import-not-found]
+from cluster import Cluster
+from helpers.buckets import BUCKET, bytes_of, far_away, s3_server  # type: ignore[import-not-found]
 from helpers.live_models import CONFIG, SCHEMA, WIDE, files_of, write_day  # type: ignore[import-not-found]
 from torchdlrm import LiveModel, LiveSettings, advance
 from torchdlrm.config import config_toml
@@ -40,7 +46,7 @@ from torchdlrm.features.schema_file import schema_toml
 from torchdlrm.processor import describe_processor
 from torchdlrm.storage import objects
 from torchdlrm.storage.lease import LEASE_VARIABLE
-from torchdlrm.storage.places import CACHE_VARIABLE
+from torchdlrm.storage.places import CACHE_VARIABLE, located
 
 SETTINGS = LiveSettings(gate=WIDE, expire_after=20, keep_runs=2, keep_bundles=4)
 DLRM = str(Path(sys.executable).with_name("dlrm"))
@@ -50,7 +56,7 @@ URL = f"s3://{BUCKET}/live"
 def main() -> None:
     """Run what is named, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["follow", "two", "kills", "machines"])
+    parser.add_argument("what", choices=["follow", "two", "kills", "machines", "faults", "watch", "cluster"])
     parser.add_argument("--periods", type=int, default=10)
     parser.add_argument("--rows", type=int, default=2_000, help="of each log")
     parser.add_argument("--kills", type=int, default=20)
@@ -60,9 +66,9 @@ def main() -> None:
     print(describe_processor(), flush=True)
     with TemporaryDirectory() as temporary, s3_server() as server:
         os.environ |= server.environment | {CACHE_VARIABLE: f"{temporary}/cache"}
-        found = {"follow": follow, "two": two, "kills": kills, "machines": machines}[options.what](
-            Path(temporary), options
-        )
+        options.server = server
+        parts = (follow, two, kills, machines, faults, watch, cluster)
+        found = {part.__name__: part for part in parts}[options.what](Path(temporary), options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -192,7 +198,9 @@ def folder_mb(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
 
 
-def command(folder: Path, host: str, log: Path, *more: str) -> subprocess.Popen[str]:
+def command(
+    folder: Path, host: str, *more: str | Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """`dlrm advance` on a host, for the first and any later log."""
     config, schema = folder / "config.toml", folder / "schema.toml"
     config.write_text(config_toml(CONFIG))
@@ -208,9 +216,11 @@ def command(folder: Path, host: str, log: Path, *more: str) -> subprocess.Popen[
         "--gate.max-logloss-increase",
         0.5,
     ]
-    environment = os.environ | {CACHE_VARIABLE: str(folder / host)}
     return subprocess.Popen(
-        [*map(str, (DLRM, "advance", URL, log, *options, *more))], env=environment, stderr=subprocess.PIPE, text=True
+        [*map(str, (DLRM, "advance", URL, *options, *more))],
+        env=os.environ | {CACHE_VARIABLE: str(folder / host)} | (environment or {}),
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -288,6 +298,123 @@ def machines(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     environment = json.loads(objects.read(f"{URL}/days/0002/run/environment.json"))
     print(f"two machines, two periods: {seconds[0]:.0f} and {seconds[1]:.0f} s; processes: {environment['world_size']}")
     return {"seconds": seconds, "world_size": environment["world_size"], "current": LiveModel.open(URL).current}
+
+
+def faults(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """A period while the bucket fails at several moments; what ends the command is over when it is given again."""
+    os.environ[LEASE_VARIABLE] = "2"
+    cases: list[tuple[str, tuple[int, str] | None, float]] = [
+        ("nothing", None, 0.0),
+        ("5 % of 503, 5 % cut", None, 0.05),
+        ("30 s of 503", (503, "SlowDown"), 0.0),
+        *[("credentials expire", (403, "ExpiredToken"), 0.0)] * 3,
+        *[("the bucket vanishes", (404, "NoSuchBucket"), 0.0)] * 3,
+    ]
+    luck, logs, rows = random.Random(options.seed), [], []  # noqa: S311 - no secret
+    num_requests = 0
+    with far_away(options.server, latency_s=0.02, seed=options.seed) as away:
+        for day, (name, answer, share) in enumerate(cases):
+            logs.append(write_day(folder, day, options.rows))
+            away.busy = away.cut = share
+            started_s, asked = time.monotonic(), len(away.requests)
+            process = command(folder, "host", logs[-1], environment=away.environment)
+            wanted = luck.randrange(num_requests // 6, num_requests * 5 // 6) if answer else 0
+            while answer and process.poll() is None and len(away.requests) < asked + wanted:
+                time.sleep(0.005)
+            done, away.answer = done_steps(), answer
+            if answer and answer[0] == 503:
+                time.sleep(30)
+                away.answer = None
+            said = process.communicate()[1].strip().splitlines()[-1]
+            codes, away.answer = [process.returncode], None
+            seconds, num_requests = time.monotonic() - started_s, len(away.requests) - asked
+            whole = is_whole()
+            while codes[-1]:
+                again = command(folder, "host", logs[-1], environment=away.environment)
+                text = again.communicate()[1]
+                codes.append(again.returncode)
+                assert codes[-1] == 0 or "holds the lease until" in text, text
+            row = {"what": name, "done": done if answer else "", "codes": codes, "seconds": seconds}
+            rows.append(row | {"requests": num_requests, "whole": whole, "said": said if codes[0] else ""})
+            print(rows[-1], flush=True)
+            num_requests = rows[0]["requests"]
+    return {"rows": rows, "same_bytes": compare(folder, logs)}
+
+
+def is_whole() -> bool:
+    """Whether `current`, where there is one, leads to a bundle all of whose files are there."""
+    stored = objects.listed(URL)
+    if "current" not in stored:
+        return True
+    bundle = objects.read(f"{URL}/current").decode()
+    files = json.loads(objects.read(f"{URL}/{bundle}/bundle.json"))["files"]
+    return all(f"{bundle}/{name}" in stored for name in files)
+
+
+def watch(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Three logs come one after the other; Ctrl-C while it waits for the second, and in the middle of the third."""
+    os.environ[LEASE_VARIABLE] = "2"
+    logs = [write_day(folder, day, options.rows) for day in range(3)]
+    hours = f"s3://{BUCKET}/hours"
+    codes: list[int] = []
+
+    def come(day: int) -> None:
+        objects.write(f"{hours}/{day:02d}/part-0.tsv", logs[day])
+        objects.write(f"{hours}/{day:02d}/_SUCCESS", b"")
+
+    def stop() -> None:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1].strip().splitlines()[-1]
+        codes.append(process.returncode)
+        print(f"Ctrl-C: exit code {codes[-1]}; {said}", flush=True)
+
+    come(0)
+    process = command(folder, "host", "--watch", hours)
+    wait_for(1, process)
+    time.sleep(2)
+    stop()
+    process = command(folder, "host", "--watch", hours)
+    come(1)
+    wait_for(2, process)
+    come(2)
+    while not done_steps().endswith("preprocess"):
+        time.sleep(0.02)
+    stop()
+    process = command(folder, "host", "--watch", hours)
+    wait_for(3, process)
+    stop()
+    return {
+        "codes": codes,
+        "same_bytes": compare(folder, [located(f"{hours}/{day:02d}/part-0.tsv") for day in range(3)]),
+    }
+
+
+def wait_for(period: int, process: subprocess.Popen[str]) -> None:
+    """Until a command has completed this period."""
+    while f"days/{period:04d}/period.json" not in objects.listed(URL):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+
+
+def cluster(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Two periods, preprocessed by two Dask workers that share nothing but the bucket."""
+    environment = {**os.environ, CACHE_VARIABLE: str(folder / "cache")}
+    dask, logs, codes = Cluster(folder, environment), [], []
+    try:
+        for _ in range(2):
+            dask.start_worker()
+        dask.wait_for(2)
+        for day in range(2):
+            url = f"s3://{BUCKET}/log-{day}.tsv"
+            objects.write(url, write_day(folder, day, options.rows))
+            logs.append(located(url))
+            process = command(folder, "host", url, "--cluster", dask.address)
+            said = process.communicate()[1]
+            codes.append(process.returncode)
+            assert process.returncode == 0, said
+    finally:
+        dask.close()
+    return {"codes": codes, "same_bytes": compare(folder, logs)}
 
 
 def holds(process_id: int) -> bool:

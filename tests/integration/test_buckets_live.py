@@ -11,11 +11,13 @@ import pytest
 from helpers.buckets import bytes_of
 from helpers.live_models import CONFIG, SCHEMA, WIDE, files_of
 from torchdlrm import LiveModel, LiveSettings, advance, rollback
-from torchdlrm.errors import StorageError
+from torchdlrm.errors import RunError, StorageError
 from torchdlrm.live.logs import watched_logs
 from torchdlrm.live.record import PeriodRecord
 from torchdlrm.storage import objects
+from torchdlrm.storage.lease import HeldError, held
 from torchdlrm.storage.places import located, url_of
+from torchdlrm.storage.stamps import stamp_path
 
 
 @pytest.fixture
@@ -37,12 +39,11 @@ def test_each_host_goes_on_where_another_ended_with_the_bytes_of_a_disk(bucket, 
     for day in range(3):
         on_host(str(day))
         advance(url, logs[day], config=CONFIG, schema=SCHEMA, settings=LiveSettings(gate=WIDE))
-    expected = {
-        name: b"" if data is None else data for name, data in files_of(local).items() if "/.lock" not in f"/{name}"
-    }
-    found = in_bucket(url)
-    assert found.pop(".lock") is None
-    assert {name: b"" if data is None else data for name, data in found.items()} == expected
+    expected, found = (
+        {name: data or b"" for name, data in files.items() if Path(name).name != ".lock"}
+        for files in (files_of(local), in_bucket(url))
+    )
+    assert found == expected
     on_host("another")
     rollback(url, 2)
     assert LiveModel.open(url).current == 2
@@ -82,6 +83,29 @@ def test_a_second_writer_is_told_who_holds_the_lease_and_a_dead_one_loses_it(buc
     assert "current" not in objects.listed(url)
     held = json.loads(objects.read(f"{url}/.lock"))
     assert held["until"] <= time.time()
+
+
+def test_a_lease_is_waited_for_once_and_one_that_this_host_has_left_is_taken_over_at_once(bucket):
+    path = located(f"{bucket}/run/.lock")
+    path.parent.mkdir(parents=True)
+    said = []
+
+    def hold_on(seconds):
+        text = json.dumps({"host": "another", "pid": 7, "until": time.time() + seconds})
+        return objects.write(url_of(path), text.encode())
+
+    hold_on(0.1)
+    with held(path, RunError("in use"), said.append) as confirm:
+        assert "process 7 of another" in said.pop()
+        confirm()
+        with pytest.raises(RunError, match="in use"), held(path, RunError("in use")):
+            pass
+    hold_on(0.1)
+    with pytest.raises(HeldError, match="process 7 of another"), held(path, RunError("in use"), lambda _: hold_on(60)):
+        pass
+    stamp_path(path).write_text(hold_on(60))
+    with held(path, RunError("in use")):
+        pass
 
 
 def test_logs_are_taken_in_order_once_they_are_complete(bucket, tmp_path, monkeypatch):

@@ -87,10 +87,10 @@ def advance(
     processes = machines.processes()
     warn_of_crowding(processes)
     given |= {"resources": resources, "train_by": _training_in(processes), "has_helpers": machines.nnodes > 1}
-    periods = LiveModel(live).fetch().periods
-    complete = {record.period for record in periods}
+    before = LiveModel(live).fetch()
+    complete = before.complete
     with saying_at_ctrl_c("interrupted; the same command resumes"):
-        for log in watched_logs(watch, periods) if watch else [logs]:
+        for log in watched_logs(watch, before.periods) if watch else [logs]:
             with progress_bars("") as progress:
                 record = advance_live(live, log, progress=progress, **given)
             if record.period in complete:

@@ -26,6 +26,7 @@ from torchdlrm.cli.terminal import (
 from torchdlrm.config import about_config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import expect, kind_of
+from torchdlrm.storage.places import shown
 from torchdlrm.versions import find_installed_misfit
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def train(
         names = ", ".join(shipped_config_names())
         msg = f"CONFIG is missing: name a TOML file, or one of {names} (dlrm config NAME shows it)"
         raise ConfigError(msg)
-    _set_key(overrides, "sharding.plan", None if plan is None else str(plan.resolve()), "--plan")
+    _set_key(overrides, "sharding.plan", None if plan is None else shown(plan.resolve()), "--plan")
     _set_key(overrides, "train.freeze", freeze, "--freeze")
     if profile and "logging.profile_steps" not in {name.replace("-", "_") for name in overrides}:
         overrides["logging.profile_steps"] = "20"

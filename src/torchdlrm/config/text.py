@@ -16,6 +16,8 @@ from torchdlrm.config.model import FLAT_NAMES, in_sections
 from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import kind_of
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.places import located
 from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
@@ -56,9 +58,10 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ConfigError: there is neither.
     """
-    path, names = Path(name), shipped_config_names()
+    names = shipped_config_names()
     if is_preset(name, names):
         return SHIPPED_CONFIGS / f"{name}.toml"
+    path = fetch(located(name))
     if path.exists():
         return path
     msg = f"{name}: no such config; name a TOML file, or one of {', '.join(names)}{did_you_mean(path.stem, names)}"
@@ -83,7 +86,7 @@ def load_config(
     if isinstance(path, Config):
         raw, path = path.model_dump(mode="json", exclude_none=True), None
     else:
-        path = None if path is None else find_config(path)
+        path = None if path is None else Path(path) if is_of_run else find_config(path)
         raw = {} if path is None else _read(path)
     if is_of_run:
         _rename_keys(raw)

@@ -123,7 +123,7 @@ def advance(
             try:
                 held.enter_context(model.locked())
                 break
-            except HeldError:
+            except (HeldError, LiveError):
                 if not has_helpers:
                     raise
             preview = look()

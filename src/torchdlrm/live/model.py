@@ -4,7 +4,6 @@ LIVE/
   live.toml  schema.toml  config.toml  days/0001/  bundles/0001/  bundles/0002.delta/  current -> bundles/0002
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from torchdlrm.folders import wrong_folder
 from torchdlrm.live.record import RECORD_NAME, GateRecord, LogRecord, PeriodRecord, ProgressiveMetrics, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings
 from torchdlrm.storage import mirror
-from torchdlrm.storage.lease import leased
+from torchdlrm.storage.lease import held
 from torchdlrm.storage.objects import ChangedError
 from torchdlrm.storage.places import located
 
@@ -75,6 +74,7 @@ class LiveModel:
         self.path = path
         self._confirm: Callable[[], None] = lambda: None  # that no other process has taken over
         self._tag: str | None = None  # of the object `current`
+        self._records: dict[tuple[str, int, int], PeriodRecord] = {}  # by number, and what says that a file is the same
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -130,7 +130,18 @@ class LiveModel:
         Raises:
             LiveError: one is damaged.
         """
-        return [PeriodRecord.read(day) for day in self._days() if (day / RECORD_NAME).exists()]
+        known, self._records = self._records, {}
+        for day in self._days():
+            with suppress(FileNotFoundError):
+                stat = (day / RECORD_NAME).stat()
+                key = day.name, stat.st_ino, stat.st_mtime_ns
+                self._records[key] = known.get(key) or PeriodRecord.read(day)
+        return [*self._records.values()]
+
+    @property
+    def complete(self) -> list[int]:
+        """The numbers of all complete periods, oldest first."""
+        return [int(day.name) for day in self._days() if (day / RECORD_NAME).exists()]
 
     @property
     def current(self) -> int | None:
@@ -225,8 +236,7 @@ class LiveModel:
         The runs and datasets of the newest `keep_runs` periods stay, and the bundles of the newest `keep_bundles`; and
         all of the current period, which the next one is learnt from.
         """
-        settings, current = self.settings, self.current
-        complete = [int(day.name) for day in self._days() if (day / RECORD_NAME).exists()]
+        settings, current, complete = self.settings, self.current, self.complete
         _remove_hidden(self.path, _OURS_HALF_WRITTEN)  # something else may be the owner's, such as .git
         for name in (DAYS_NAME, BUNDLES_NAME):
             _remove_hidden(self.path / name)
@@ -234,8 +244,7 @@ class LiveModel:
             day = self.day(period)
             _remove_hidden(day)
             if (day / _DRAFT_NAME).exists():  # to ask the bucket takes time
-                mirror.remove(day / _DRAFT_NAME)
-                (day / _DRAFT_NAME).unlink(missing_ok=True)
+                mirror.remove_files([day / _DRAFT_NAME])
             old = [day / REPLAY_NAME]
             if period != current and period not in complete[-settings.keep_runs :]:
                 old += [day / RUN_NAME, day / DATASET_NAME]
@@ -268,13 +277,8 @@ class LiveModel:
             StorageError: one of another host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock_path = self.path / LOCK_NAME
-        with leased(lock_path) as self._confirm, lock_path.open("a", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                msg = f"`live`: another process is advancing {self.path}, or rolling it back; wait for it"
-                raise LiveError(msg) from error
+        msg = f"`live`: another process is advancing {self.path}, or rolling it back; wait for it"
+        with held(self.path / LOCK_NAME, LiveError(msg)) as self._confirm:
             yield
 
     def _days(self) -> list[Path]:

@@ -21,6 +21,9 @@ from torchdlrm.features.schema import FeatureSchema, SplitRule, problems
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.find import find_files
 from torchdlrm.logs.formats.arrays import DENSE_NAMES, SPARSE_NAMES, MultiHotFormat, NpyFormat
+from torchdlrm.storage.mirror import sizes_of
+from torchdlrm.storage.places import located
+from torchdlrm.storage.reading import open_to_read
 
 EncodedFormat = Literal["npy", "multi-hot", "nvt", "parquet"]
 _LABEL_NAMES = ("label", "click", "clicked", "target")
@@ -33,19 +36,23 @@ def encoded_log(
     """The files of encoded data, and the schema of their columns.
 
     Args:
-        source: their folder; or a file of Parquet.
+        source: their folder, or its URL; or a file of Parquet.
         written_as: what wrote them.
         label: the label's column in Parquet; by default one of the usual names.
 
     Raises:
         LogError: there are no such files, or columns that are no label, floats, ids or lists of ids.
     """
-    if written_as != "parquet" and not source.is_dir():
+    source = located(source)
+    names = sorted(sizes_of(source))
+    is_folder = bool(names) or source.is_dir()
+    if written_as != "parquet" and not is_folder:
         msg = f"{source}: is not a folder; give the folder that holds the files"
         raise LogError(msg)
     if written_as in ("npy", "multi-hot"):
         ending = NpyFormat.ending if written_as == "npy" else MultiHotFormat.ending
-        stems = sorted((path.name.removesuffix(_LABELS) for path in source.glob(f"*{_LABELS}")), key=_day_order)
+        stems = [name.removesuffix(_LABELS) for name in names if name.endswith(_LABELS) and "/" not in name]
+        stems.sort(key=_day_order)
         paths = [source / f"{stem}{ending}" for stem in stems]
         found = _found(paths, f"{source}: holds no *{_LABELS}; give the folder that upstream's preprocessing wrote")
         # The last one is held out, whatever the names.
@@ -53,13 +60,13 @@ def encoded_log(
         lists = SPARSE_NAMES if written_as == "multi-hot" else ()
         return days, _schema(written_as, "label", DENSE_NAMES, SPARSE_NAMES, lists)
     if written_as == "nvt":
-        paths = [source / "label.bin"] if (source / "label.bin").is_file() else sorted(source.glob("*/label.bin"))
+        named = (
+            ["label.bin"] if "label.bin" in names else [name for name in names if re.fullmatch("[^/]+/label.bin", name)]
+        )
+        paths = [source / name for name in named]
         lacking = f"{source}: holds no label.bin, nor do train, validation or test in it"
     else:
-        if not source.exists():
-            msg = f"{source}: there is no such file or folder"
-            raise LogError(msg)
-        paths = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+        paths = [source / name for name in names if name.endswith(".parquet")] if is_folder else [source]
         lacking = f"{source}: holds no .parquet file"
     splits = [None if path == source else split_of_folder(path.relative_to(source)) for path in paths]
     if any(splits):
@@ -104,7 +111,8 @@ def _schema(
 
 def _read_schema(path: Path) -> pa.Schema:
     try:
-        return pq.read_schema(path)
+        with open_to_read(path) as raw:
+            return pq.read_schema(raw)
     except (OSError, pa.ArrowException) as error:
         msg = f"{path}: the Parquet file cannot be read ({error})"
         raise LogError(msg) from error

@@ -14,6 +14,8 @@ from torchdlrm.sharding.plan_file import read_layout
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.solution import Solution, shard_costs, solve
 from torchdlrm.sharding.tables import Table
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.places import located
 from torchdlrm.units import show_bytes
 
 _MAX_DIM_ON_GPU = 2_048
@@ -40,7 +42,7 @@ def plan_of_training(
     """
     problem = Problem.of(config, tables, machine, shape)
     plan = config.sharding.plan
-    return checked(solve(problem, process_group) if plan is None else _saved_solution(Path(plan), problem))
+    return checked(solve(problem, process_group) if plan is None else _saved_solution(fetch(located(plan)), problem))
 
 
 def _saved_solution(path: Path, problem: Problem) -> Solution:

@@ -1,9 +1,11 @@
 """One writer at a time under a prefix: by a lease, a small object that says which process writes, and until when.
 
 The holder puts the end off while it lives, and from a dead one the lease is taken over.  All writes are conditional: a
-holder that was held up for longer finds that out when it confirms the lease, before it publishes anything.
+holder that was held up for longer finds that out when it confirms the lease, before it publishes anything.  Processes
+of a host are kept apart by a lock of that host: its holder takes a lease over at once that was last written from there.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -14,10 +16,11 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from uuid import uuid4
 
-from torchdlrm.errors import StorageError
+from torchdlrm.errors import StorageError, TorchDLRMError
 from torchdlrm.storage import objects
 from torchdlrm.storage.objects import ChangedError
 from torchdlrm.storage.places import url_of
+from torchdlrm.storage.stamps import stamp_path
 
 LEASE_VARIABLE = "TORCHDLRM_LEASE_S"
 
@@ -27,30 +30,51 @@ class HeldError(StorageError):
 
 
 @contextmanager
-def leased(path: Path) -> Iterator[Callable[[], None]]:
-    """Hold a lease, which stands for a path; none of one on a disk.  Yields what confirms that it still holds.
+def held(
+    path: Path, in_use: TorchDLRMError, waiting: Callable[[str], None] | None = None
+) -> Iterator[Callable[[], None]]:
+    """Lock a file of this host, and at a URL hold a lease.  Yields what confirms that it still holds.
+
+    Args:
+        path: of the file, which is made.
+        in_use: what is raised where another process of this host has locked it.
+        waiting: is given a sentence where another host has the lease, whose end is waited for, once: it may be dead.
 
     Raises:
-        HeldError: another process holds it.
+        HeldError: another host holds the lease.
         StorageError: another process has taken it over, by what is yielded.
     """
-    url = url_of(path)
-    if url is None:
-        yield lambda: None
-        return
-    lease = _Lease(url)
-    try:
-        yield lease.put_off
-    finally:
-        lease.end()
+    with path.open("a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise in_use from error
+        url = url_of(path)
+        if url is None:
+            yield lambda: None
+            return
+        lease = _Lease(path, url, waiting)
+        try:
+            yield lease.put_off
+        finally:
+            lease.end()
 
 
 class _Lease:
-    def __init__(self, url: str) -> None:
+    def __init__(self, path: Path, url: str, waiting: Callable[[str], None] | None) -> None:
         self._url, self._seconds = url, float(os.environ.get(LEASE_VARIABLE) or 60)
+        self._tag = stamp_path(path)  # of the lease, when this host last wrote it
+        self._tag.parent.mkdir(parents=True, exist_ok=True)
         self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid4().hex}
         self._writing, self._ended = Lock(), Event()
-        self._etag = self._free()
+        try:
+            self._etag = self._free()
+        except HeldError as error:
+            if waiting is None:
+                raise
+            waiting(f"{error}; if it was killed, this goes on then")
+            time.sleep(self._seconds_left + 1)
+            self._etag = self._free()
         try:
             self.put_off()
         except StorageError:
@@ -64,12 +88,13 @@ class _Lease:
             content, etag = objects.read_if_changed(self._url, None) or (b"", "")
         except FileNotFoundError:
             return None
-        held = json.loads(content)
-        if held["until"] <= time.time():
+        holder = json.loads(content)
+        self._seconds_left = holder["until"] - time.time()
+        if self._seconds_left <= 0 or (self._tag.exists() and self._tag.read_text(encoding="utf-8") == etag):
             return etag
-        until = time.strftime("%H:%M:%S UTC", time.gmtime(held["until"]))
+        until = time.strftime("%H:%M:%S UTC", time.gmtime(holder["until"]))
         msg = (
-            f"{self._url.removesuffix('/.lock')}: process {held['pid']} of {held['host']} is changing it and holds the "
+            f"{self._url.removesuffix('/.lock')}: process {holder['pid']} of {holder['host']} is changing it and holds the "
             f"lease until {until}, longer if it goes on; wait for it"
         )
         raise HeldError(msg)
@@ -82,14 +107,15 @@ class _Lease:
             except ChangedError as error:
                 msg = f"{self._url}: another process has taken the lease over, since this one was held up for too long"
                 raise StorageError(msg) from error
+            self._tag.write_text(self._etag, encoding="utf-8")
 
     def _keep(self) -> None:
         while not self._ended.wait(self._seconds / 3):
-            with suppress(StorageError):  # said where it matters
+            with suppress(StorageError, OSError):  # said where it matters
                 self.put_off()
 
     def end(self) -> None:
         self._seconds = 0.0
         self._ended.set()
-        with suppress(StorageError):
+        with suppress(StorageError, OSError):
             self.put_off()

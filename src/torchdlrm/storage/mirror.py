@@ -12,7 +12,6 @@ All functions take paths, and do nothing for one that stands for no URL.
 """
 
 import fcntl
-import json
 import math
 import os
 import re
@@ -30,12 +29,12 @@ from zlib import crc32
 from torchdlrm.errors import StorageError
 from torchdlrm.storage import objects
 from torchdlrm.storage.objects import ObjectStat
-from torchdlrm.storage.places import cache_folder, located, published_url, url_of
+from torchdlrm.storage.places import cache_folder, is_unfinished, located, published_url, url_of
+from torchdlrm.storage.stamps import STAMPS_NAME, read_stamp, stamp_path, stamped, write_stamp
 from torchdlrm.units import parse_bytes
 
 LIMIT_VARIABLE = "TORCHDLRM_CACHE_BYTES"
 LINK_NAME = "current"
-_STAMPS = "stamps"
 _BLOCK_BYTES = 2 << 20
 _AT_A_TIME = 8
 _evicting = Lock()
@@ -69,12 +68,15 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
             if any(fnmatchcase("", pattern) for pattern in patterns):
                 _fetch_file(path, stat)
         return path
-    _prune(path, found, listed_ns)
+    here = _prune(path, found, listed_ns)
     wanted = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in {(path / name).parent for name in found}:
+    for folder in {(path / name).parent for name in found.keys() - here}:
         folder.mkdir(parents=True, exist_ok=True)
-    _each([partial(_fetch_file, path / name, found[name]) for name in wanted if not _is_used(path / name, found[name])])
+    stamps = stamp_path(path)
+    for name in here.intersection(wanted):
+        os.utime(f"{stamps}/{name}")  # used now
+    _each([partial(_fetch_file, path / name, found[name]) for name in wanted if name not in here])
     return path
 
 
@@ -87,8 +89,8 @@ def fetch_link(link: Path, *, patience_s: float | None = None) -> str | None:
     url = published_url(link)
     if url is None or link.name != LINK_NAME or (link.is_dir() and not link.is_symlink()):
         return None
-    known = _stamped(link)
-    etag = known.etag if known is not None and _is_current(link, known) else None
+    known = stamped(link)
+    etag = None if known is None else known.etag
     try:
         found = objects.read_if_changed(url, etag, patience_s=patience_s)
     except FileNotFoundError:
@@ -118,16 +120,16 @@ def _place_link(link: Path, target: str, etag: str | None) -> None:
     beside.unlink(missing_ok=True)
     beside.symlink_to(target, target_is_directory=True)
     if etag is not None:
-        _stamp(link, ObjectStat(len(target), etag), beside)
+        write_stamp(link, ObjectStat(len(target), etag), beside)
     beside.replace(link)
 
 
 def fetch_missing(path: Path) -> Path:
     """As `fetch`, of a file in a folder that was fetched before: one that is here is not asked about again."""
-    if published_url(path) is None or not (path.exists() and _stamp_path(path).exists()):
+    if published_url(path) is None or not (path.exists() and stamp_path(path).exists()):
         return fetch(path)
     with suppress(OSError):
-        os.utime(_stamp_path(path))  # used now
+        os.utime(stamp_path(path))  # used now
     return path
 
 
@@ -161,7 +163,7 @@ def push(path: Path, last: str | None = None, *, to: Path | None = None) -> None
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
     names = {file.relative_to(path).as_posix(): file for file in files}
     names = {name: file for name, file in names.items() if published_url(to / name) is not None}
-    there = {name: found.get(name) if last is not None else _stamped(to / name) for name in names}
+    there = {name: found.get(name) if last is not None else stamped(to / name, file) for name, file in names.items()}
     lead = [name for name in names if name != last]
     _each([lambda name=name: _push_file(names[name], to / name, there[name]) for name in lead])  # type: ignore[misc]
     if last is not None:
@@ -203,9 +205,9 @@ def move(path: Path, target: Path, last: str, others: Collection[str] = ()) -> N
     for names in (found.keys() - {last}, found.keys() & {last}):
         _each([lambda name=name: objects.copy(f"{url}/{name}", f"{to}/{name}") for name in names])  # type: ignore[misc]
     if found:
-        _stamp_path(target).parent.mkdir(parents=True, exist_ok=True)
+        stamp_path(target).parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
-            _stamp_path(path).rename(_stamp_path(target))
+            stamp_path(path).rename(stamp_path(target))
     push(path, last, to=target)
     path.rename(target)  # what has its name here is complete there
     objects.delete(*[f"{url}/{name}" for name in found])
@@ -215,7 +217,7 @@ def remove_files(paths: Collection[Path]) -> None:
     """Remove files, and the objects of one bucket that they stand for, all at once."""
     at_urls = [path for path in paths if published_url(path) is not None]
     objects.delete(*[str(url_of(path)) for path in at_urls])
-    for path in [*paths, *map(_stamp_path, at_urls)]:
+    for path in [*paths, *map(stamp_path, at_urls)]:
         path.unlink(missing_ok=True)
 
 
@@ -258,7 +260,8 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
     if path.name == LINK_NAME:
         fetch_link(path)
         return
-    if _is_used(path, wanted):
+    if stamped(path) == wanted:
+        os.utime(stamp_path(path))  # used now
         return
     part, notes = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.blocks")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +269,7 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
     lock.parent.mkdir(exist_ok=True)
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        if _is_current(path, wanted):  # another process has fetched it meanwhile
+        if stamped(path) == wanted:  # another process has fetched it meanwhile
             return
         _make_room(wanted.size_bytes)
         had = dict.fromkeys(notes.read_text(encoding="utf-8").splitlines() if notes.exists() else [])
@@ -283,7 +286,7 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
 
         with part.open("r+b") as file:
             _each([partial(fetch_block, at) for at in range(0, wanted.size_bytes, _BLOCK_BYTES) if f"{at}." not in had])
-        _stamp(path, wanted, part)
+        write_stamp(path, wanted, part)
         part.replace(path)
         notes.unlink()
 
@@ -291,65 +294,30 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
 def _push_file(path: Path, to: Path, there: ObjectStat | None) -> None:
     url = url_of(to)
     assert url is not None, "the caller has looked"
-    size_bytes = path.stat().st_size
-    if there is None or not _is_current(to, there, path):
-        _stamp(to, ObjectStat(size_bytes, objects.write(url, path)), path)
+    if there is None or stamped(to, path) != there:
+        write_stamp(to, ObjectStat(path.stat().st_size, objects.write(url, path)), path)
 
 
-def _is_current(path: Path, wanted: ObjectStat, here: Path | None = None) -> bool:
-    """Whether a file or link is this object: its stamp says so, and nothing has written to it since."""
-    try:
-        etag, size_bytes, modified_ns = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
-        now = (here or path).lstat()
-    except (OSError, ValueError):
-        return False
-    is_as_written = (now.st_size, now.st_mtime_ns) == (size_bytes, modified_ns)
-    return is_as_written and (etag, size_bytes) == (wanted.etag, wanted.size_bytes)
+def _prune(folder: Path, found: Mapping[str, ObjectStat], listed_ns: float = math.inf) -> set[str]:
+    """Remove files that were in the bucket, and are there no more; what was never there is a job's of this host.
 
-
-def _is_used(path: Path, wanted: ObjectStat) -> bool:
-    """As `_is_current`, of a file that is used now."""
-    if is_current := path.name != LINK_NAME and _is_current(path, wanted):
-        os.utime(_stamp_path(path))
-    return is_current
-
-
-def _stamped(path: Path) -> ObjectStat | None:
-    try:
-        etag, size_bytes, _ = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return ObjectStat(size_bytes, etag)
-
-
-def _stamp(path: Path, found: ObjectStat, written: Path | None = None) -> None:
-    stamp = _stamp_path(path)
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    beside = stamp.with_name(f".{stamp.name}.{os.getpid()}")
-    beside.write_text(
-        json.dumps([found.etag, found.size_bytes, (written or path).lstat().st_mtime_ns]), encoding="utf-8"
-    )
-    beside.replace(stamp)
-
-
-def _stamp_path(path: Path) -> Path:
-    return cache_folder() / _STAMPS / path.absolute().relative_to(cache_folder())
-
-
-def _prune(folder: Path, found: Mapping[str, ObjectStat], listed_ns: float = math.inf) -> None:
-    """Remove files that were in the bucket, and are there no more; what was never there is a job's of this host."""
-    stamps = _stamp_path(folder)
-    for stamp in stamps.rglob("*") if stamps.is_dir() else ():
-        name = stamp.relative_to(stamps).as_posix()
-        is_stamp = published_url(folder / name) is not None and stamp.is_file()
-        if not is_stamp or stamp.stat().st_mtime_ns >= listed_ns:  # since then others write
-            continue
-        if name not in found:
-            (folder / name).unlink(missing_ok=True)
-            stamp.unlink(missing_ok=True)
-            _remove_empty((folder / name).parent, folder)
-        elif _stamped(folder / name) != found[name]:
-            stamp.unlink(missing_ok=True)  # `fetch_missing` is not to take it for the object that is there now
+    Gives the names of the files that are as they are in the bucket.
+    """
+    stamps, current = str(stamp_path(folder)), set[str]()
+    for place, _, files in os.walk(stamps):
+        for stamp in (f"{place}/{file}" for file in files):
+            name = stamp[len(stamps) + 1 :]
+            if is_unfinished(f"/{name}") or os.stat(stamp).st_mtime_ns >= listed_ns:  # noqa: PTH116
+                continue  # a half written one, or one that others have written since
+            if name not in found:
+                (folder / name).unlink(missing_ok=True)
+                Path(stamp).unlink(missing_ok=True)
+                _remove_empty((folder / name).parent, folder)
+            elif read_stamp(stamp, f"{folder}/{name}") == found[name]:
+                current.add(name)
+            else:
+                Path(stamp).unlink(missing_ok=True)  # `fetch_missing` is not to take it for what is there now
+    return current
 
 
 def _remove_empty(folder: Path, top: Path) -> None:
@@ -364,7 +332,7 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 def _forget(path: Path) -> None:
     """Drop what was in the bucket and is not there any more."""
-    stamp = _stamp_path(path)
+    stamp = stamp_path(path)
     if stamp.is_dir():
         _prune(path, {})
         shutil.rmtree(stamp, ignore_errors=True)
@@ -382,8 +350,8 @@ def _make_room(num_bytes: int) -> None:
         return
     with _evicting:
         by_use = []
-        for stamp in (cache_folder() / _STAMPS).rglob("*"):
-            path = cache_folder() / stamp.relative_to(cache_folder() / _STAMPS)
+        for stamp in (cache_folder() / STAMPS_NAME).rglob("*"):
+            path = cache_folder() / stamp.relative_to(cache_folder() / STAMPS_NAME)
             with suppress(OSError):  # another process removes, too
                 if stamp.is_file() and not path.is_symlink():
                     by_use.append((stamp.stat().st_mtime_ns, path.stat().st_size, path, stamp))
@@ -391,7 +359,7 @@ def _make_room(num_bytes: int) -> None:
         for _, size_bytes, path, stamp in sorted(by_use):
             if left <= 0:
                 return
-            if (known := _stamped(path)) is None or not _is_current(path, known):
+            if stamped(path) is None:
                 continue  # written to since: what the bucket does not have yet
             path.unlink(missing_ok=True)  # who has it open or mapped keeps it
             stamp.unlink(missing_ok=True)

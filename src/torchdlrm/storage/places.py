@@ -68,9 +68,14 @@ def url_of(path: Path) -> str | None:
 
 
 def published_url(path: Path) -> str | None:
-    """As `url_of`; None also of what is unfinished work, but for the file that torch calls so in each checkpoint."""
+    """As `url_of`; None also of what is unfinished work."""
     url = url_of(path)
-    return None if url is None or "/." in url.removesuffix("/.metadata") else url
+    return None if url is None or is_unfinished(url) else url
+
+
+def is_unfinished(url: str) -> bool:
+    """Whether a part starts with a point; the file that torch calls so in each checkpoint is none of these."""
+    return "/." in url.removesuffix("/.metadata")
 
 
 def shown(path: Path) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -95,6 +95,7 @@ class Checkpointer:
     ) -> None:
         self._folder, self._model, self._optimizer, self._ranks = folder, model, optimizer, ranks
         self._keep_last = keep_last
+        self.confirm: Callable[[], None] = lambda: None  # raises where the run is another process's by now
         self._group = ranks.new_group()
         # The current GPU is a thread's own, and torch's writer waits for the current one: by default GPU 0, on which
         # every rank would take memory.
@@ -273,6 +274,7 @@ class Checkpointer:
         return True
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
+        self.confirm()
         files = {name: digest for part in digests for name, digest in part.items()}
         write_record(partial, position, files)
         publish_logs(self._folder)

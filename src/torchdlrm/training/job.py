@@ -1,7 +1,7 @@
 """Plans and runs a training; what it is going to do is known before anything is written."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -212,7 +212,9 @@ def train(
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
         agenda, shape = _checked(settings, encoded, architecture, ranks.device)
-        source = _start_run(folder, encoded, ranks, architecture, from_run, agenda.num_steps, restart=restart)
+        source = _start_run(
+            folder, encoded, ranks, architecture, from_run, agenda.num_steps, watching.note, restart=restart
+        )
         with closing(folder):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
@@ -251,6 +253,7 @@ def _start_run(
     architecture: Architecture,
     from_run: str | Path | None,
     num_steps: int,
+    waiting: Callable[[str], None],
     *,
     restart: bool,
 ) -> SourceRun | None:
@@ -279,6 +282,7 @@ def _start_run(
             architecture=architecture,
             warm_start=None if source is None else source.record,
             launchers=launchers,
+            waiting=waiting,
         )
 
     ranks.on_first(start)

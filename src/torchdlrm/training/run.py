@@ -8,10 +8,11 @@ run/
 import fcntl
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -26,6 +27,7 @@ from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.notebook import notebook_view
 from torchdlrm.storage import mirror, places
+from torchdlrm.storage.lease import held
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
@@ -79,7 +81,8 @@ class Run:
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
-        self._lock: IO[str] | None = None
+        self.confirm: Callable[[], None] = lambda: None
+        self._held = ExitStack()  # the lock of this host, and the lease in the bucket
 
     def start(
         self,
@@ -91,6 +94,7 @@ class Run:
         architecture: Architecture | None = None,
         warm_start: WarmStartRecord | None = None,
         launchers: Collection[str] = (),
+        waiting: Callable[[str], None] | None = None,
     ) -> Self:
         """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
@@ -102,14 +106,17 @@ class Run:
             architecture: of the model; must be the same.
             warm_start: what a new run is started from.
             launchers: names of what has started the processes on each machine.
+            waiting: is given a sentence where another host seems to train in it, which is waited for, once.
 
         Raises:
+            StorageError: another host is training in it.
             RunError: another process is training in it, something else is in it, or config, dataset or model class
                 have changed in a way that makes resuming impossible; lists every difference.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._lock_folder()
+            in_use = RunError(f"`run`: another process is training in {self.path}; wait for it, or give another folder")
+            self.confirm = self._held.enter_context(held(self.path / LOCK_NAME, in_use, waiting))
             self._remove_left_overs()
             if restart:
                 self._clear()
@@ -121,9 +128,7 @@ class Run:
                 self._write_environment(environment_now(dataset, world_size, architecture) | started_from)
             if not self._has_done(num_steps):
                 write_atomically(self.path / CONFIG_NAME, config_toml(self.config))
-            lock.truncate(0)
-            lock.write(" ".join(launchers))
-            lock.flush()
+            (self.path / LOCK_NAME).write_text(" ".join(launchers), encoding="utf-8")
         except OSError as error:
             self.close()
             msg = f"`run`: cannot write to {self.path}: {error.strerror}"
@@ -359,9 +364,7 @@ class Run:
 
     def close(self) -> None:
         """Let others train in the folder; the end of the process does it too."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
     def _write_environment(self, environment: Mapping[str, object]) -> None:
         text = json.dumps(environment, indent=1, default=ModelClassRecord.model_dump)
@@ -379,16 +382,6 @@ class Run:
         before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)
         names = dict.fromkeys((*now, *before))  # those of features are there if they are set
         return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
-
-    def _lock_folder(self) -> IO[str]:
-        """Hold the folder until this process ends, however it ends."""
-        self._lock = lock = (self.path / LOCK_NAME).open("a", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            msg = f"`run`: another process is training in {self.path}; wait for it, or give another folder"
-            raise RunError(msg) from error
-        return lock
 
     def _remove_left_overs(self) -> None:
         """Remove what a killed process has half written; the holder of the lock knows that no other writes."""

@@ -93,6 +93,7 @@ class Trainer:
         self._checkpointer = Checkpointer(
             run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
+        self._checkpointer.confirm = run.confirm
         self._model, self._stop_request = model, StopRequest(ranks)
         self._source, self._position, self._rate = source, Position(0, self._agenda.loader_state(0)), 0.0
         self._intervals = {column.name: IntervalMetrics(ranks.device) for column in dataset.schema.learnt}

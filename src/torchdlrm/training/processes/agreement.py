@@ -23,6 +23,8 @@ from torchdlrm.errors import ConfigError, LostProcessError, UserError
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import record_of
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.places import located
 from torchdlrm.training.environment import versions
 from torchdlrm.training.run import shown
 
@@ -50,7 +52,7 @@ def settings_of(
     """What a training was started with: every key of the config, the content of dataset, plan and model class."""
     found = {name: _plain(value) for name, value in setting_values(config).items()}
     if config.sharding.plan is not None:
-        found["sharding.plan"] = _content(Path(config.sharding.plan))
+        found["sharding.plan"] = _content(fetch(located(config.sharding.plan)))
     record = record_of(architecture)
     if record is not None:
         found["`model_class`"] = Setting(f"{record.name} {record.sha256}", f"{record.name} (sha256 {record.sha256})")
