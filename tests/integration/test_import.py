@@ -16,6 +16,8 @@ from torchdlrm.features.schema_file import load_schema
 from torchdlrm.logs.formats.text import parse_chunk
 from torchdlrm.preprocessing.encoded import encoded_log
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.storage import objects
+from torchdlrm.storage.places import located
 
 DENSE, SPARSE = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]
 
@@ -63,6 +65,16 @@ def check(found, expected_labels, expected_dense, expected_sparse, *, in_order):
     np.testing.assert_array_equal(found["label"].to_numpy()[order], expected_labels.reshape(-1))
     np.testing.assert_array_equal(found.select(DENSE).to_numpy()[order], expected_dense)
     np.testing.assert_array_equal(found.select(SPARSE).to_numpy()[order], expected_sparse)
+
+
+def test_the_files_of_a_folder_in_a_bucket_are_found_as_on_a_disk(bucket, tmp_path):
+    write_days(tmp_path / "npy")
+    for path in (tmp_path / "npy").iterdir():
+        objects.write(f"{bucket}/npy/{path.name}", path)
+    expected, found = (encoded_log(source, "npy") for source in (tmp_path / "npy", located(f"{bucket}/npy")))
+    assert [file.name for file in found[0]] == [file.name for file in expected[0]]
+    assert found[1] == expected[1]
+    preprocess(found[0], tmp_path / "out", found[1], PreprocessOptions(min_count=1), progress=False)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
