@@ -88,13 +88,13 @@ class _Lease:
             content, etag = objects.read_if_changed(self._url, None) or (b"", "")
         except FileNotFoundError:
             return None
-        holder = json.loads(content)
-        self._seconds_left = holder["until"] - time.time()
+        by = json.loads(content)
+        self._seconds_left = by["until"] - time.time()
         if self._seconds_left <= 0 or (self._tag.exists() and self._tag.read_text(encoding="utf-8") == etag):
             return etag
-        until = time.strftime("%H:%M:%S UTC", time.gmtime(holder["until"]))
+        until = time.strftime("%H:%M:%S UTC", time.gmtime(by["until"]))
         msg = (
-            f"{self._url.removesuffix('/.lock')}: process {holder['pid']} of {holder['host']} is changing it and holds the "
+            f"{self._url.removesuffix('/.lock')}: process {by['pid']} of {by['host']} is changing it and holds the "
             f"lease until {until}, longer if it goes on; wait for it"
         )
         raise HeldError(msg)
