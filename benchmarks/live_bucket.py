@@ -28,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -199,7 +198,7 @@ def folder_mb(folder: Path) -> float:
 
 
 def command(
-    folder: Path, host: str, *more: str | Path, environment: Mapping[str, str] | None = None
+    folder: Path, host: str, *more: str | Path, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """`dlrm advance` on a host, for the first and any later log."""
     config, schema = folder / "config.toml", folder / "schema.toml"
@@ -310,15 +309,17 @@ def faults(folder: Path, options: argparse.Namespace) -> dict[str, object]:
         *[("credentials expire", (403, "ExpiredToken"), 0.0)] * 3,
         *[("the bucket vanishes", (404, "NoSuchBucket"), 0.0)] * 3,
     ]
-    luck, logs, rows = random.Random(options.seed), [], []  # noqa: S311 - no secret
-    num_requests = 0
+    luck = random.Random(options.seed)  # noqa: S311 - no secret
+    logs: list[Path] = []
+    rows: list[dict[str, object]] = []
+    of_a_period = 0  # requests
     with far_away(options.server, latency_s=0.02, seed=options.seed) as away:
         for day, (name, answer, share) in enumerate(cases):
             logs.append(write_day(folder, day, options.rows))
             away.busy = away.cut = share
             started_s, asked = time.monotonic(), len(away.requests)
             process = command(folder, "host", logs[-1], environment=away.environment)
-            wanted = luck.randrange(num_requests // 6, num_requests * 5 // 6) if answer else 0
+            wanted = luck.randrange(of_a_period // 6, of_a_period * 5 // 6) if answer else 0
             while answer and process.poll() is None and len(away.requests) < asked + wanted:
                 time.sleep(0.005)
             done, away.answer = done_steps(), answer
@@ -337,7 +338,7 @@ def faults(folder: Path, options: argparse.Namespace) -> dict[str, object]:
             row = {"what": name, "done": done if answer else "", "codes": codes, "seconds": seconds}
             rows.append(row | {"requests": num_requests, "whole": whole, "said": said if codes[0] else ""})
             print(rows[-1], flush=True)
-            num_requests = rows[0]["requests"]
+            of_a_period = of_a_period or num_requests
     return {"rows": rows, "same_bytes": compare(folder, logs)}
 
 
