@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from torchdlrm.ranks import Groups, Labels, Scores, Weights, group_areas
 
 # `log`: metrics.jsonl, callbacks and trackers, the line of a validation, the curves of a run's page. `bar`: below the
 # bar of a training. `brief`: where there is room for few. `table`: tables of the terminal, and periods of a live model.
+T = TypeVar("T")
 Place = Literal["log", "bar", "brief", "table"]
 
 
@@ -151,6 +152,12 @@ def why_undefined(metrics: Mapping[str, float | None]) -> str:
     if not is_missing("auc") or is_missing("logloss"):
         return ""
     return f"all labels are {0 if is_missing('calibration') else 1}"
+
+
+def first_and_others(of_labels: Mapping[str, T], values: Callable[[T], dict[str, Any]]) -> dict[str, Any]:
+    """What files say of labels: the values of the first, and under `labels` those of the others, if there are some."""
+    first, *others = ((label, values(of)) for label, of in of_labels.items())
+    return {**first[1], **({"labels": dict(others)} if others else {})}
 
 
 def binary_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> BinaryMetrics:

@@ -102,8 +102,9 @@ def evaluate(
         return
     pictures = result.pop("pictures")
     try:
-        trained.write_evaluation(result["split"], result)
-        trained.write_evaluation(f"{FOLDER}/{result['split']}", pictures)
+        name = result["split"] + (f".{result['label']}" if result["label"] != encoded.label_name else "")
+        trained.write_evaluation(name, result)
+        trained.write_evaluation(f"{FOLDER}/{name}", pictures)
     except OSError as error:  # a run may lie where it can only be read
         warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
     _print_evaluation(result, source, as_json=as_json)
@@ -121,21 +122,21 @@ def _print_evaluation(result: Mapping[str, Any], source: Path, *, as_json: bool)
         where += f" at {ChosenCheckpoint(result['step'], result['checkpoint'])}: split {result['split']}"
     if "groups" in result:
         counts += f", {result['groups']:,} groups"
-    intervals = result["intervals"]
-    rows = [
-        {
-            "metric": metric.name,
-            "value": show_number(result[metric.name]),
-            "95 % interval": " to ".join(map(show_number, intervals[metric.name] or [None])),
-        }
-        for metric in metrics_of_any([result])
-    ]
     say(f"{where}, label {result['label']}: {counts}")
-    print_table("", rows)
+    for label, of in {result["label"]: result, **result.get("labels", {})}.items():
+        rows = [
+            {
+                "metric": metric.name,
+                "value": show_number(of[metric.name]),
+                "95 % interval": " to ".join(map(show_number, of["intervals"][metric.name] or [None])),
+            }
+            for metric in metrics_of_any([of])
+        ]
+        print_table("" if of is result else f"label {label}: {of['clicks']:,} clicks", rows)
     if "slices" in result:
         print_slices(result["slices"])
     say_undefined(result)
-    if (best := intervals[BEST]) is not None:
+    if (best := result["intervals"][BEST]) is not None:
         doubt = few_clicks(result.get("split", source.name), result["rows"], result["clicks"], max(best) - result[BEST])
         look_at([doubt] if doubt else [])
     if as_json:

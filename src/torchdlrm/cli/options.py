@@ -67,7 +67,8 @@ class Judging:
             val+test.
         dataset: Where the dataset is now, if it has moved since the training.
         group: Column whose equal values depend on each other, as in user_id: intervals of groups, and GAUC.
-        label: Of a file: its column of labels; label by default.
+        label: Of a run or a bundle: which of its labels, the first by default. Of a file: its column of labels, label
+            by default.
         weight: Of a file: its column of weights; weight by default, where there is one.
         by: Slices to judge, worst first: columns and crossed ones, as in `'cat_5,int_2,cat_5*int_2'`.
         device: auto, cuda or cpu: where to compute (as train.device), whatever a run was trained on.

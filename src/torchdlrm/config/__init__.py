@@ -1,13 +1,6 @@
 """Reads every setting of a run, from a TOML file and the command line, into a checked `Config`."""
 
-from torchdlrm.config.model import (
-    DCNConfig,
-    FeatureConfig,
-    HeadsConfig,
-    InteractionName,
-    ModelConfig,
-    ProjectionConfig,
-)
+from torchdlrm.config.model import DCNConfig, FeatureConfig, InteractionName, ModelConfig, ProjectionConfig
 from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizer, TableOptimizerName
 from torchdlrm.config.sections import (
     CheckpointConfig,
@@ -43,7 +36,6 @@ __all__ = [
     "DenseOptimizerConfig",
     "DeviceChoice",
     "FeatureConfig",
-    "HeadsConfig",
     "InteractionName",
     "LoaderConfig",
     "LoggingConfig",

@@ -287,9 +287,8 @@ class Dataset:
                 raise ConfigError(msg + did_you_mean(name, names))
         if len(names) == 1:
             return self
-        several = {"run_label": None, "run_labels": (*chosen,)}
-        one = {"run_label": next(iter(chosen), names[0]), "run_labels": None}
-        schema = schema.model_copy(update=several if len(chosen) > 1 else one)
+        one = next(iter(chosen), names[0]) if len(chosen) < 2 else None
+        schema = schema.model_copy(update={"run_label": one, "run_labels": None if one else (*chosen,)})
         return replace(self, manifest=self.manifest.model_copy(update={"feature_schema": schema}))
 
     @property

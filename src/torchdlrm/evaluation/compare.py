@@ -62,7 +62,7 @@ def compare(
         by: slices on which the others may have lost, as for `evaluate`; columns are those that the first candidate has,
             and of several seeds the first model is taken.
         group: a column: rows of the same value depend on each other, as those of one user, and count as one.
-        label: of files: their column of labels, as for `evaluate`.
+        label: of runs and bundles which of their labels, and of files their column of labels, as for `evaluate`.
         weight: of files: their column of weights.
         model_class: of those runs and bundles that were trained with a model class of the user.
         allow_changed_model_class: take it though its file has changed since.

@@ -11,8 +11,9 @@ from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.evaluation.pictures import picture_of
 from torchdlrm.evaluation.predictions import OWN_COLUMNS, Asked, predicted_rows, write_predictions
+from torchdlrm.judged import Judged
 from torchdlrm.judging.slices import columns_of, slices
-from torchdlrm.metrics import BinaryMetrics, estimates
+from torchdlrm.metrics import BinaryMetrics, estimates, first_and_others
 from torchdlrm.prediction.scores_out import check_name
 from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.storage.places import located
@@ -59,7 +60,8 @@ def evaluate(
             those of groups, and there is a `gauc`.
         predictions: where to write the rows: .parquet, .csv or .csv.gz.
         columns: of the log, to be written with them.
-        label: of a file of predictions: the column of labels, `label` when not given.
+        label: which of the labels that a run or a bundle has learnt is judged, the first when not given; of a file of
+            predictions: the column of labels, `label` when not given.
         weight: of a file of predictions: the column of weights; `weight` when not given, where there is one.
         by: slices to judge: columns, and crossed ones, as in `cat_5,int_2,cat_5*int_2`.
         against: another split: which slices are predicted worse than there.
@@ -77,9 +79,9 @@ def evaluate(
         On rank 0 `label` and, of a run or a bundle, `split`, `step` and `checkpoint` (`best`, `last` or `step`: what it
         was chosen for); `rows`, `auc`, `logloss`, `ne`, `calibration`, `accuracy`, with groups `gauc` (None where not
         defined, as the AUC of rows of one label); `clicks`, of the rows; with groups how many `groups`; and
-        `intervals`: by metric [low, high], which holds the true value 19 times in 20, None where it is not known; with
-        `by` also `slices`, as `Slice.as_json` has them, the one that is most surely predicted worse first. Elsewhere
-        None.
+        `intervals`: by metric [low, high], which holds the true value 19 times in 20, None where it is not known; of
+        several labels `labels`, the same for each of the others; with `by` also `slices`, as `Slice.as_json` has them,
+        the one that is most surely predicted worse first. Elsewhere None.
 
     Raises:
         RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
@@ -120,16 +122,20 @@ def evaluate(
     if out is not None:
         write_predictions(replace(rows, columns=rows.columns.select(columns)), out)
     judged = rows.judged
-    found = estimates(judged)
-    metrics = BinaryMetrics(rows=judged.sums.rows, **{name: estimate.value for name, estimate in found.items()})
-    counted = {"clicks": int(np.count_nonzero(judged.labels))}
-    if judged.groups is not None:
-        counted["groups"] = int(np.count_nonzero(np.bincount(judged.groups)))
-    intervals = {"intervals": {name: estimate.ends for name, estimate in found.items()}}
-    result = {**rows.about, **metrics.as_json(), **counted, **intervals}
+    result = {**rows.about, **first_and_others({"": judged, **rows.others}, _metrics)}
     if by is not None:
         was = None if before is None else (before.judged, before.columns)
         result["slices"] = [part.as_json() for part in slices(judged, rows.columns, by, before=was)]
     if pictures:
         result["pictures"] = picture_of(judged)
     return result
+
+
+def _metrics(judged: Judged) -> dict[str, Any]:
+    """All metrics of rows, what was counted, and intervals."""
+    found = estimates(judged)
+    metrics = BinaryMetrics(rows=judged.sums.rows, **{name: estimate.value for name, estimate in found.items()})
+    counted = {"clicks": int(np.count_nonzero(judged.labels))}
+    if judged.groups is not None:
+        counted["groups"] = int(np.count_nonzero(np.bincount(judged.groups)))
+    return {**metrics.as_json(), **counted, "intervals": {name: estimate.ends for name, estimate in found.items()}}

@@ -13,7 +13,7 @@ each for weights and groups.  A file needs no torch.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 SourceKind = Literal["run", "bundle", "period", "file"]
 # What each can be asked besides columns and group.
 TAKES: Mapping[SourceKind, Sequence[str]] = {
-    "run": ("dataset", "split", "checkpoint", "sharding"),
-    "bundle": ("dataset", "split"),
+    "run": ("dataset", "split", "checkpoint", "sharding", "label"),
+    "bundle": ("dataset", "split", "label"),
     "period": (),
     "file": ("label", "weight"),
 }
@@ -63,6 +63,7 @@ class PredictedRows:
         rows: which rows these are: sha256 of labels and weights, so equal where two are comparable, wherever they come
             from.
         about: what else is known: `label`, and of a run or a bundle `split`, `step` and `checkpoint`.
+        others: the same rows with the other labels that the model has learnt, by name.
     """
 
     name: str
@@ -70,6 +71,7 @@ class PredictedRows:
     columns: pl.DataFrame
     rows: str
     about: Mapping[str, Any]
+    others: Mapping[str, Judged] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, judged: Judged, columns: pl.DataFrame, about: Mapping[str, Any]) -> "PredictedRows":
@@ -214,19 +216,21 @@ def _rows_of_file(path: Path, name: str, asked: Asked, label: str, weight: str |
 def write_predictions(rows: PredictedRows, out: Path) -> None:
     """Write rows to a .parquet, .csv or .csv.gz file: `OWN_COLUMNS`, behind `row` the columns that were asked for.
 
+    Behind them stand, by their names, the other labels and what is predicted of them.
+
     Raises:
         UserError: the name asks for no format, or cannot be written to.
     """
-    judged = rows.judged
     with writing_scores(out, "predictions") as writer:
-        for block in [*judged.blocks()] or [slice(0, 0)]:
-            logits = judged.logits[block].astype(np.float64)
-            own = [
-                np.arange(block.start, block.stop),
-                judged.labels[block].astype(np.int8),
-                None if judged.weights is None else judged.weights[block],
-                np.exp(-np.logaddexp(0.0, -logits)).astype(np.float32),
-                logits.astype(np.float32),
-            ]
-            row, *series = (pl.Series(name, of) for name, of in zip(OWN_COLUMNS, own, strict=True) if of is not None)
-            writer.write(pl.DataFrame([row, *rows.columns[block], *series]))
+        for block in [*rows.judged.blocks()] or [slice(0, 0)]:
+            own = [pl.Series("row", np.arange(block.start, block.stop)), *rows.columns[block]]
+            for label, judged in {"": rows.judged, **rows.others}.items():
+                logits = judged.logits[block].astype(np.float64)
+                values = {
+                    label or "label": judged.labels[block].astype(np.int8),
+                    "weight": None if label or judged.weights is None else judged.weights[block],
+                    f"{PREDICTION_COLUMN}_{label}": np.exp(-np.logaddexp(0.0, -logits)).astype(np.float32),
+                    f"{LOGIT_COLUMN}_{label}": logits.astype(np.float32),
+                }
+                own += [pl.Series(name.removesuffix("_"), of) for name, of in values.items() if of is not None]
+            writer.write(pl.DataFrame(own))

@@ -48,6 +48,13 @@ def report_page(run: Run) -> str:
     parts = [
         Part(text=[text for text in ("" if lines else "Nothing has been logged yet.", source) if text]),
         Part("Learning curves", charts=_log_charts(_by_split(lines))),
+        *(
+            Part(
+                f"Learning curves, {label}",
+                charts=_log_charts(_by_split([{**line, **line["labels"][label]} for line in lines])),
+            )
+            for label in (lines[-1].get("labels", ()) if lines else ())
+        ),
         *_judged({"": run}),
         Part("Time of a step by part", rows=_step(run)),
         Part("Config, where it differs from the defaults", [] if changed else ["Nowhere."], rows=changed, wraps=True),
@@ -102,7 +109,10 @@ def _judged(named: Mapping[str, Run]) -> Iterator[Part]:
         return {f"{name}, {split}" if name else split: content for name, split, content in files}
 
     evaluations = found()
-    yield Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=_evaluations(evaluations))
+    of_labels = {f"{name}, {of['label']}" if "labels" in of else name: of for name, of in evaluations.items()}
+    for name, result in evaluations.items():
+        of_labels |= {f"{name}, {label}": {**result, **of} for label, of in result.get("labels", {}).items()}
+    yield Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=_evaluations(of_labels))
     try:
         yield Part(charts=picture_charts(found(FOLDER)))
     except (LookupError, TypeError, ValueError) as error:
@@ -262,10 +272,10 @@ def _dataset(run: Run) -> Iterator[Part]:
         path, sha256 = (run.environment["dataset"][name] for name in ("path", "manifest_sha256"))
         yield Part("Dataset", [f"{path}, no longer there or changed; sha256 of its dataset.json: {sha256}"])
         return
-    num_rows = sum(dataset.table_rows.values())
+    num_rows, labels = sum(dataset.table_rows.values()), ", ".join(label.name for label in dataset.schema.learnt)
     about = (
         f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and "
-        f"{len(dataset.sparse_names)} sparse features, {num_rows:,} rows in all tables; label {dataset.label_name}"
+        f"{len(dataset.sparse_names)} sparse features, {num_rows:,} rows in all tables; label {labels}"
     )
     splits = [
         {

@@ -5,6 +5,7 @@ to send or multiply it faster, and the tables are planned again for the processe
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torchdlrm.judged import Judged
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.model_class import reported
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.toml import did_you_mean
 from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.environment import manifest_sha256
@@ -152,9 +154,13 @@ def check_columns(dataset: Dataset, asked: Asked) -> dict[str, _Column]:
 
     Raises:
         DatasetError: it does not have them, or what it has of the values makes no groups.
-        ConfigError: a split is named twice.
+        ConfigError: a split is named twice, or the label is none of those that were learnt.
     """
     schema, splits = dataset.schema, asked.split.split("+")
+    learnt = [column.name for column in schema.learnt]
+    if asked.label not in {None, *learnt}:
+        msg = f"`label`: {asked.label} was not learnt; there is {', '.join(learnt)}"
+        raise ConfigError(msg + did_you_mean(asked.label or "", learnt))
     if len({*splits}) < len(splits):
         msg = f"`split`: {asked.split} names a split twice, and each row counts once; name each once"
         raise ConfigError(msg)
@@ -195,10 +201,15 @@ def _rows(
         splits = asked.split.split("+")
         encoded = pl.concat(of for split in splits for of in rows_of_split(dataset, split, columns=needed))
     groups = None if asked.group is None else encoded[columns[asked.group].name].to_numpy()
-    judged = Judged.of(predictions.labels.astype(np.uint8), predictions.logits, predictions.weights, groups)
+    names = [column.name for column in dataset.schema.learnt]
+    judged = {
+        name: Judged.of(of.labels.astype(np.uint8), of.logits, of.weights, groups)
+        for name, of in predictions.by_label(names).items()
+    }
     raw = encoded.select(_raw(dataset, columns[name]).alias(name) for name in asked.columns)
-    about = {"split": asked.split, "label": dataset.label_name, "step": chosen.step, "checkpoint": chosen.kind}
-    return PredictedRows.of(path.resolve().name, judged, raw, about)
+    label = asked.label or names[0]
+    about = {"split": asked.split, "label": label, "step": chosen.step, "checkpoint": chosen.kind}
+    return replace(PredictedRows.of(path.resolve().name, judged.pop(label), raw, about), others=judged)
 
 
 def _raw(dataset: Dataset, column: _Column) -> pl.Expr:

@@ -3,8 +3,8 @@
 `torch.nn.BatchNorm1d` takes mean and variance of the rows of its own process, rows of padding included, and each
 process would have running statistics of its own; `torch.nn.SyncBatchNorm` is for GPUs alone.  This one is for both.
 
-Cost: on several processes one all-gather of 2 C + 1 numbers in the forward pass and one all-reduce of 2 C in the
-backward pass.  It is the one module that asks for the other processes; a loss of a model's own may, by `global_mean`.
+Cost: on several processes two all-reduces of C + 1 numbers in the forward pass and two in the backward pass.  It is the
+one module that asks for the other processes; a loss of a model's own may, by `global_mean`.
 
 B rows of the batch on this rank, C features, R ranks.
 """
@@ -62,17 +62,18 @@ class GlobalBatchNorm1d(nn.Module):
         if not dist.is_initialized() or dist.get_world_size() == 1:
             assert not self.num_padding, "a single process has no padding"
             return self._by_torch(inputs_BC, by_batch=len(inputs_BC) > 1)
-        num_rows, mean_C, variance_C = _global_statistics(inputs_BC, self.num_padding)
+        exact_BC = _exact(inputs_BC)
+        rows_BC = exact_BC[: len(exact_BC) - self.num_padding]
+        mean_C, num_rows = _over_processes(rows_BC)
+        variance_C, _ = _over_processes((rows_BC - mean_C).square())
         # No more than one row on any rank, so all of them ask; otherwise no rank waits for its GPU.
         if len(inputs_BC) <= 1 and int(num_rows) == 1:
             return self._by_torch(inputs_BC, by_batch=False)
-        self.running_mean.lerp_(mean_C, self.momentum)
-        self.running_var.lerp_(variance_C * (num_rows / (num_rows - 1)), self.momentum)
-        inverse_C = torch.rsqrt(variance_C + self.eps)
-        normalized: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
-            inputs_BC, self.weight, self.bias, mean_C, inverse_C, num_rows, self.num_padding
-        )
-        return normalized
+        with torch.no_grad():
+            self.running_mean.lerp_(mean_C, self.momentum)
+            self.running_var.lerp_(variance_C * (num_rows / (num_rows - 1)), self.momentum)
+        normal_BC = (exact_BC - mean_C) * torch.rsqrt(variance_C + self.eps)
+        return torch.addcmul(self.bias, normal_BC, self.weight).to(inputs_BC.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
@@ -88,63 +89,9 @@ class GlobalBatchNorm1d(nn.Module):
         )
 
 
-def _global_statistics(inputs_BC: Tensor, num_padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of rows [], mean [C] and variance [C] (not corrected) over all ranks: bit for bit the same on each.
-
-    Each rank sends its own mean and squared deviations from it, which lose nothing where the mean is large.
-    """
-    rows_BC = _exact(inputs_BC.detach())
-    rows_BC = rows_BC[: len(rows_BC) - num_padding]
-    mean_C = rows_BC.sum(0) / max(1, len(rows_BC))
-    mine = torch.cat([mean_C.new_full((1,), len(rows_BC)), mean_C, (rows_BC - mean_C).square_().sum(0)])
-    everyone = mine.new_empty(dist.get_world_size(), len(mine))
-    dist.all_gather_into_tensor(everyone.view(-1), mine)
-    rows_R1, (means_RC, squares_RC) = everyone[:, :1], everyone[:, 1:].chunk(2, dim=1)
-    num_rows = rows_R1.sum()
-    mean_C = (rows_R1 * means_RC).sum(0) / num_rows
-    variance_C = (squares_RC + rows_R1 * (means_RC - mean_C).square()).sum(0) / num_rows
-    return num_rows, mean_C, variance_C
-
-
 def _exact(tensor: Tensor) -> Tensor:
     """In float32, or float64 where it is that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _Normalized(torch.autograd.Function):
-    """Its gradient is that of the sum of all ranks' losses: every row has moved the mean and variance of all others.
-
-    Gradients of weight and bias are of this rank's rows, like those of all other parameters: they are reduced later.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs_BC: Tensor,
-        weight_C: Tensor,
-        bias_C: Tensor,
-        mean_C: Tensor,
-        inverse_C: Tensor,
-        num_rows: Tensor,
-        num_padding: int,
-    ) -> Tensor:
-        normal_BC = (_exact(inputs_BC) - mean_C) * inverse_C
-        ctx.save_for_backward(normal_BC, weight_C, inverse_C, num_rows)
-        ctx.num_padding = num_padding
-        return torch.addcmul(bias_C, normal_BC, weight_C).to(inputs_BC.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor | None, ...]:
-        """No gradient comes from padding, which the loss leaves out, and none goes there."""
-        normal_BC, weight_C, inverse_C, num_rows = ctx.saved_tensors
-        dtype, grad_BC = grad_BC.dtype, _exact(grad_BC)
-        mine_2C = torch.stack([(grad_BC * normal_BC).sum(0), grad_BC.sum(0)])
-        everyone_2C = mine_2C.clone()
-        dist.all_reduce(everyone_2C)
-        along_C, mean_C = everyone_2C / num_rows
-        grad_inputs_BC = (grad_BC - mean_C).addcmul_(normal_BC, along_C, value=-1).mul_(weight_C * inverse_C)
-        grad_inputs_BC[len(grad_BC) - ctx.num_padding :] = 0
-        return grad_inputs_BC.to(dtype), mine_2C[0], mine_2C[1], None, None, None, None
 
 
 def global_mean(values: Tensor) -> Tensor:
@@ -161,13 +108,18 @@ def global_mean(values: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values.mean(0)
+    return _over_processes(values)[0]
+
+
+def _over_processes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the rows of all processes, bit for bit the same on each, and their number []."""
     mine = torch.cat([values.sum(0).view(-1), values.new_full((1,), len(values))])
     sums: Tensor = _Summed.apply(mine)  # type: ignore[no-untyped-call]
-    return (sums[:-1] / sums[-1]).view(values.shape[1:])
+    return (sums[:-1] / sums[-1]).view(values.shape[1:]), sums[-1]
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over processes; like that of `_Normalized`, its gradient is that of the sum of all their losses."""
+    """The sum over processes; its gradient is that of the sum of all ranks' losses, of which each has every row's."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -178,5 +130,5 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Every process's loss depends on every row."""
+        """The sum of what the ranks have."""
         return _Summed.forward(ctx, gradient)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchrec.models.dlrm import OverArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchdlrm.config import HeadsConfig
+from torchdlrm.config.model import HeadsConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.tables import FeatureTable
 from torchdlrm.model.architecture import ModelShape
@@ -73,19 +73,12 @@ def build_model(
 
 
 def _with_heads(model: nn.Module, shape: ModelShape, device: torch.device) -> nn.Module:
-    """A model of several labels, whose over arch of one logit becomes that of `model.heads`.
-
-    Raises:
-        ConfigError: it has no such arch, and makes its logits by itself, but heads were chosen.
-    """
+    """A model whose over arch of one logit makes that of each label; ConfigError if none does though heads are set."""
     arch, config = getattr(model, "over_arch", None), shape.config
-    if shape.num_labels == 1:
-        return model
-    if isinstance(arch, OverArch) and [*arch.parameters()][-1].shape == (1,):
-        first: Tensor = next(arch.parameters())
-        heads = HEADS[config.heads.kind]
-        model.over_arch = heads(first.shape[1], config.over_arch_layer_sizes, shape.labels, config.heads, device)
-    elif config.heads != HeadsConfig():
+    if shape.num_labels > 1 and isinstance(arch, OverArch) and [*arch.parameters()][-1].shape == (1,):
+        (_, in_features), kind = next(arch.parameters()).shape, HEADS[config.heads.kind]
+        model.over_arch = kind(in_features, config.over_arch_layer_sizes, shape.labels, config.heads, device)
+    elif shape.num_labels > 1 and config.heads != HeadsConfig():
         msg = f"model.heads: {type(model).__name__} has no over arch of one logit, of which they could be made"
         raise ConfigError(msg)
     return model

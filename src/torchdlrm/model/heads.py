@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdlrm.config import HeadsConfig
+from torchdlrm.config.model import HeadsConfig
 from torchdlrm.model.architecture import Product, layers
 
 

@@ -185,16 +185,8 @@ class ByUncertainty(nn.Module):
 class BatchLoss(nn.Module):
     """The loss of what a model's forward has given; to TorchRec's tracer it is a leaf.
 
-    In training it is the model's own where its class has a method `loss`; else, and in validations, cross-entropy.
-
-    Args:
-        model: whose method is asked.
-        negative_weight: weight of rows without a click in the loss; logits are corrected for it.
-        labels: names of the labels, in the order of the logits.
-        weights: of several labels, as `train.loss_weights`.
-
-    Raises:
-        ConfigError: the model has a loss of its own, and weights are set that it does not read.
+    In training it is the model's own where its class has a method `loss`; else, and in validations, cross-entropy. The
+    arguments are those of `DLRMTrain`; with a loss of its own, weights that it does not read are a ConfigError.
     """
 
     def __init__(
@@ -225,30 +217,25 @@ class BatchLoss(nn.Module):
         row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
         weights = () if row_weights_B is None else (without_padding(row_weights_B, batch),)
         if self._own is not None and self.training:
-            loss = self._own_loss(output, labels, weights, batch)
+            weights_B = weights[0] if weights else labels.new_ones(len(labels))
+            losses_B = self._own_losses(output, labels, weights_B, batch) * weights_B
+            mean = losses_B.mean() if len(losses_B) else losses_B.sum()  # not nan, and with a gradient
+            loss = mean * getattr(batch, "loss_weight", 1.0)
         else:
             auxiliary_B = _auxiliary(output, batch) if isinstance(output, tuple) else None
             loss = batch_loss(logits, labels, batch, self._negative_weight, auxiliary_B, self.of_labels)
         return loss, (loss.detach(), logits.detach(), labels.detach(), *weights)
 
-    def _own_loss(
-        self, output: ModelOutput, labels: Tensor, weights: tuple[Tensor, ...], batch: TrainingBatch
-    ) -> Tensor:
+    def _own_losses(self, output: Any, labels: Tensor, weights_B: Tensor, batch: TrainingBatch) -> Tensor:
+        parts = [without_padding(part, batch) for part in (output if isinstance(output, tuple) else [output])]
         assert self._own is not None, "asked before"
-        model, method = self._own
-        if isinstance(output, tuple):
-            output = without_padding(output[0], batch), without_padding(output[1], batch)
-        else:
-            output = without_padding(output, batch)
-        weights_B, *_ = *weights, labels.new_ones(len(labels))
-        losses_B: Any = method(model, output, labels, weights_B)
-        if not isinstance(losses_B, Tensor) or losses_B.shape != labels.shape[:1]:
-            got = [*losses_B.shape] if isinstance(losses_B, Tensor) else type(losses_B).__name__
+        outputs, (model, method) = tuple(parts) if isinstance(output, tuple) else parts[0], self._own
+        losses_B: Any = method(model, outputs, labels, weights_B)
+        if not isinstance(losses_B, Tensor) or losses_B.shape != weights_B.shape:
+            got = [*getattr(losses_B, "shape", [type(losses_B).__name__])]
             msg = f"`model_class`: its `loss` must give a number of each row [rows], got {got}"
             raise ConfigError(msg)
-        if not len(losses_B):
-            return losses_B.sum()
-        return (losses_B * weights_B).mean() * getattr(batch, "loss_weight", 1.0)
+        return losses_B
 
 
 def _auxiliary(output: tuple[Tensor, Tensor], batch: TrainingBatch) -> Tensor:

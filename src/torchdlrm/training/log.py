@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torchdlrm.errors import Interrupted, StorageError
 from torchdlrm.files import sync, write_atomically
-from torchdlrm.metrics import LOSS, BinaryMetrics, metrics_in, why_undefined
+from torchdlrm.metrics import LOSS, BinaryMetrics, first_and_others, metrics_in, why_undefined
 from torchdlrm.notebook import notebook_view
 from torchdlrm.training.checkpoint import Position, publish_logs
 from torchdlrm.training.run import METRICS_NAME
@@ -261,11 +261,13 @@ def metrics_for_callbacks(
     metrics: Mapping[str, BinaryMetrics], *, rows: int, learning_rate: float, rows_per_s: float
 ) -> Metrics:
     """Return the metrics of labels that callbacks receive, by the names and in the order of metrics.jsonl."""
-    values = {label: of.as_json() for label, of in metrics.items()}
-    named = {label: {"loss": of[LOSS], **{name: of[name] for name in logged_names()}} for label, of in values.items()}
-    first = named.pop(next(iter(metrics)))
-    others = {"labels": named} if named else {}
-    return {"rows": rows, **first, "learning_rate": learning_rate, "rows_per_s": rows_per_s, **others}
+
+    def logged(of_label: BinaryMetrics) -> dict[str, Any]:
+        values = of_label.as_json()
+        return {"loss": values[LOSS], **{name: values[name] for name in logged_names()}}
+
+    of_rows = first_and_others(metrics, logged)
+    return {"rows": rows, **of_rows, "learning_rate": learning_rate, "rows_per_s": rows_per_s}
 
 
 def logged_names() -> list[str]:

@@ -149,6 +149,9 @@ def unfit_settings(theirs: Config, ours: Config) -> Iterator[str]:
         # The scale of initial rows is that of new ones alone.
         if name.startswith("model.") and name != "model.table_init_scale" and before.get(name) != now.get(name):
             yield f"{name}: is {shown(now.get(name))}, and was {shown(before.get(name))}"
+    was, now_learnt = theirs.train.label_names, ours.train.label_names
+    if was != now_learnt and len({*was, *now_learnt}) > 1 < max(len(was), len(now_learnt)):
+        yield f"train.labels: is {shown(now_learnt)}, and was {shown(was)}; give what it was"
     old, new = theirs.table_optimizer, ours.table_optimizer
     if old.name != new.name and (new.record.state_per_weight or new.record.state_per_row):
         yield (

@@ -18,6 +18,7 @@ from torchdlrm.errors import Interrupted, TrainingError
 from torchdlrm.features.tables import table_name
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
+from torchdlrm.metrics import BinaryMetrics, first_and_others
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener, noting_if_slow
 from torchdlrm.training.checkpoint import Position, not_finite_error
@@ -224,8 +225,7 @@ class Trainer:
         predictions = predict_loaders(model, [loader], self._ranks, SILENT, self._predicting)
         metrics = self._ranks.from_first(predictions.take_metrics(self._ranks, [*self._intervals]))
         assert metrics is not None
-        first, *others = ({**of.as_json()} for of in metrics.values())
-        self._validation = first | ({"labels": dict(zip([*metrics][1:], others, strict=True))} if others else {})
+        self._validation = first_and_others(metrics, BinaryMetrics.as_json)
         judged = metrics[self._dataset.label_name]
         rows_per_s = judged.rows / (time.monotonic() - started_s)
         rows = self._agenda.rows_after(step)
