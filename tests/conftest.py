@@ -4,6 +4,7 @@ import asyncio
 import json
 import multiprocessing.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -45,6 +46,7 @@ from helpers.command_server import DLRM, REAL_PROCESSES, shared_server
 from helpers.interactions import INTERACTIONS, overrides_of
 from helpers.raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset
+from torchdlrm.features.columns import LabelColumn
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
@@ -66,6 +68,20 @@ def small_dataset(small_log, tmp_path_factory):
     """5,000 rows, of which 4,286 train, in row groups of 16,384: one row group a split."""
     path = tmp_path_factory.mktemp("dataset") / "small"
     preprocess([small_log], path, criteo_schema(), PreprocessOptions(min_count=2))
+    return Dataset.open(path)
+
+
+@pytest.fixture(scope="session")
+def two_labels(small_log, tmp_path_factory):
+    """2,000 rows with a click and a purchase, which some clicks lead to: by what makes clicks, and chance."""
+    path, rng = tmp_path_factory.mktemp("dataset") / "two", random.Random(0)
+    rows = [line.partition("\t") for line in small_log.read_text().splitlines()[:2_000]]
+    bought = [int(click == "1" and rng.random() < (0.7 if "0000001" in rest else 0.3)) for click, _, rest in rows]
+    lines = [f"{click}\t{purchase}\t{rest}\n" for (click, _, rest), purchase in zip(rows, bought, strict=True)]
+    (path.parent / "two.tsv").write_text("".join(lines))
+    schema = criteo_schema()
+    columns = (LabelColumn(name="click"), LabelColumn(name="purchase"), *schema.columns[1:])
+    preprocess([path.parent / "two.tsv"], path, schema.with_columns(columns), PreprocessOptions(min_count=2))
     return Dataset.open(path)
 
 

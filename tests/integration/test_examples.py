@@ -16,14 +16,16 @@ ARGUMENTS = {
     "evaluate_and_compare": ["DATASET", "runs"],
     "finalnet": ["DATASET", "run"],
     "own_interaction": ["DATASET", "run"],
+    "own_loss": ["DATASET", "run"],
     "own_loop": ["DATASET"],
     "predict_from_pandas": ["BUNDLE", "LOG"],
+    "several_labels": ["TWO LABELS", "run"],
     "train_with_callback": ["DATASET", "run"],
 }
 
 
 def run_example(name, folder, request):
-    given = {"DATASET": "small_dataset", "BUNDLE": "small_bundle", "LOG": "small_log"}
+    given = {"DATASET": "small_dataset", "TWO LABELS": "two_labels", "BUNDLE": "small_bundle", "LOG": "small_log"}
     arguments = [request.getfixturevalue(given[one]) if one in given else one for one in ARGUMENTS[name]]
     arguments = [getattr(value, "path", value) for value in arguments]
     done = shared_server().run([EXAMPLES / f"{name}.py", *arguments], cwd=folder)
@@ -40,10 +42,17 @@ def test_a_loop_of_ones_own_learns(request, tmp_path):
     assert auc > 0.6
 
 
-@pytest.mark.parametrize("name", ["deepfm", "finalnet", "own_interaction"])
+@pytest.mark.parametrize("name", ["deepfm", "finalnet", "own_interaction", "own_loss"])
 def test_a_model_of_ones_own_learns(request, tmp_path, name):
     auc = float(re.search(r"'auc': ([\d.]+)", run_example(name, tmp_path, request))[1])
     assert auc > 0.6
+
+
+def test_both_labels_of_one_model_are_learnt(request, tmp_path):
+    output = run_example("several_labels", tmp_path, request)
+    found = {label: float(auc) for label, auc in re.findall(r"(click|purchase) ([\d.]+)", output)}
+    assert found.keys() == {"click", "purchase"}
+    assert min(found.values()) > 0.55
 
 
 def test_a_callback_is_told_of_every_interval_validation_and_checkpoint(request, tmp_path):

@@ -133,7 +133,7 @@ def test_groups_of_a_dataset_are_its_ids_unless_they_are_none(small_run, small_d
     ):
         with pytest.raises(DatasetError, match=message):
             predicted_rows(small_run, Asked(group=group))
-    with pytest.raises(ConfigError, match="`label`: is not for a run"):
+    with pytest.raises(ConfigError, match="`label`: click was not learnt; there is label"):
         predicted_rows(small_run, Asked(label="click"))
     columns = small_dataset.schema.columns
     hashed = [column.model_copy(update={"hash": 50}) if column.name == "cat_1" else column for column in columns]

@@ -19,7 +19,9 @@ INPUTS, SIZES, TOWER = 6, (5, 4), (3, 1)
 def heads(kind, after=None, seed=0):
     torch.manual_seed(seed)
     of_experts = {} if kind == "shared" else {"num_experts": 2, "expert_layer_sizes": SIZES}
-    config = HeadsConfig(kind=kind, after=after or {}, **of_experts, **({"num_shared_experts": 3} if kind == "ple" else {}))
+    config = HeadsConfig(
+        kind=kind, after=after or {}, **of_experts, **({"num_shared_experts": 3} if kind == "ple" else {})
+    )
     return HEADS[kind](INPUTS, TOWER, LABELS, config).double()
 
 
@@ -93,7 +95,9 @@ def test_the_logit_of_a_product_is_exact_and_finite_everywhere():
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_products_that_heads_name_are_those_that_run(kind):
     of_kind = HeadsConfig(kind=kind, num_experts=3, num_shared_experts=2, expert_layer_sizes=(7, 5))
-    model = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(12, 8), over_arch_layer_sizes=(10, 6, 1), heads=of_kind)
+    model = ModelConfig(
+        embedding_dim=8, dense_arch_layer_sizes=(12, 8), over_arch_layer_sizes=(10, 6, 1), heads=of_kind
+    )
     shape = ModelShape(model, num_dense=3, num_sparse=4, labels=LABELS)
     named, run = (
         sorted((p.rows, p.inputs, p.outputs, p.has_weight) for p in products)
