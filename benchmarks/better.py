@@ -23,19 +23,63 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 import numpy as np
+import torch
 from scipy import stats
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm import Dataset, binary_metrics, evaluate, load_config, preprocess, train
+from torchdlrm import DLRM, Dataset, InteractionArch, binary_metrics, evaluate, load_config, preprocess, train
 
 SCHEMAS = {"plain": "criteo", "bucketed": "criteo-bucketed"}
 CUTS = 4
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
 AVERAGED = 8  # checkpoints, over the last 30 % of the steps
+
+
+class Heads(DLRM):
+    """Several over arches that share tables and dense arch alone; each learns by itself, the logit is their mean."""
+
+    settings: ClassVar = {"num_heads": 8, "reads_vectors": False}
+
+    def __init__(
+        self, num_heads: int, *, reads_vectors: bool, over_arch_layer_sizes: list[int], **arguments: Any
+    ) -> None:
+        self.reads_vectors = reads_vectors
+        super().__init__(over_arch_layer_sizes=over_arch_layer_sizes, **arguments)
+        _, in_size = self.make_interaction(self.sparse_arch.F, self.sparse_arch.D)
+        self.over_arch = nn.ModuleList()
+        for inputs, outputs in itertools.pairwise([in_size, *over_arch_layer_sizes]):
+            layers = [nn.Linear(inputs, outputs) for _ in range(num_heads)]
+            weight, bias = torch.stack([each.weight for each in layers]), torch.stack([each.bias for each in layers])
+            self.over_arch.append(nn.ParameterList([weight.detach().transpose(1, 2), bias.detach().unsqueeze(1)]))
+
+    def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+        """Dot products, and the vectors where they are read."""
+        num_vectors = num_sparse_features + 1
+        vectors = num_vectors if self.reads_vectors else 1
+        return InteractionArch(num_sparse_features), vectors * embedding_dim + num_vectors * (num_vectors - 1) // 2
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Any:
+        """Map a batch to logits [B, 1]; in training also to what the heads' mean loss is above that of the logit."""
+        dense, sparse = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
+        inputs = self.inter_arch(dense, sparse)
+        if self.reads_vectors:
+            inputs = torch.cat([inputs, sparse.flatten(1)], dim=1)
+        *hidden, (weight, bias) = self.over_arch
+        outputs = inputs.expand(len(weight), -1, -1)
+        for each in hidden:
+            outputs = torch.relu(torch.baddbmm(each[1], outputs, each[0]))
+        heads = torch.baddbmm(bias, outputs, weight).squeeze(2)
+        logits = heads.mean(dim=0)
+        if not self.training:
+            return logits.unsqueeze(1)
+        return logits.unsqueeze(1), softplus(heads).mean(dim=0) - softplus(logits)
 
 
 class Variant(NamedTuple):
@@ -59,6 +103,8 @@ def decay(rate: float) -> Variant:
 FLAT = Variant({}, f"{ZOO / 'pnn.py'}:PNN")
 TABM = Variant({}, f"{ZOO / 'tabm.py'}:TabM")
 TABM_FLAT = TABM | Variant({"model.settings.reads_vectors": "true"})
+HEADS = Variant({}, f"{__file__}:Heads")
+SMALL_HEADS = HEADS | Variant({"model.settings.num_heads": 4, "model.over_arch_layer_sizes": "128,64,1"})
 RATE = Variant({"dense_optimizer.learning_rate": 0.005})
 AVERAGE = Variant({}, None, is_averaged=True)
 VARIANTS = {
@@ -70,6 +116,12 @@ VARIANTS = {
     **{f"decay {rate:g}": decay(rate) for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
     **{f"scale {scale:g}": Variant({"model.table_init_scale": scale}) for scale in (0.5, 0.1, 0.03)},
     "average": AVERAGE,
+    "heads": HEADS,
+    "small heads": SMALL_HEADS,
+    "heads flat": HEADS | Variant({"model.settings.reads_vectors": "true"}),
+    "scale 0.5 + decay 0.03": Variant({"model.table_init_scale": 0.5}) | decay(0.03),
+    "heads + decay 0.03": HEADS | decay(0.03),
+    "batch 32": Variant({"train.batch_size_global": 32}),
     "tabm flat + decay + rate": TABM_FLAT | decay(0.003) | RATE,
     "tabm flat + decay + rate + average": TABM_FLAT | decay(0.003) | RATE | AVERAGE,
 }

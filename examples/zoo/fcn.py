@@ -2,16 +2,18 @@ r"""FCN, also called DCNv3 (arXiv:2407.13349): two cross nets, one of which doub
 
     dlrm train criteo-small --dataset DATASET --run RUN --model-class examples/zoo/fcn.py:FCN
 
-Without an over arch. B rows, N vectors, D embedding dimension, I = N D.
+Each net is taught besides, the more the worse it is than both together (Tri-BCE). Without an over arch. B rows, N
+vectors, D embedding dimension, I = N D.
 """
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm import DLRM
+from torchdlrm import DLRM, global_mean
 
 
 class CrossNet(nn.Module):
@@ -54,8 +56,21 @@ class FCN(DLRM):
         """The nets read all vectors, as they are."""
         return nn.Identity(), (num_sparse_features + 1) * embedding_dim
 
-    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
-        """Map a batch to logits [B, 1]."""
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Any:
+        """Map a batch to logits [B, 1]; in training also to those of the nets [B, 2]."""
         dense, sparse = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
         flat = torch.cat([dense, sparse.flatten(1)], dim=1)
-        return torch.stack([net(flat) for net in self.over_arch]).mean(dim=0)
+        nets = torch.cat([net(flat) for net in self.over_arch], dim=1)
+        logits = nets.mean(dim=1, keepdim=True)
+        return (logits, nets) if self.training else logits
+
+    def loss(self, outputs: tuple[Tensor, Tensor], labels: Tensor, weights: Tensor) -> Tensor:
+        """Cross-entropy of each row [B], plus that of each net times by how much its mean is above that of both."""
+        logits, nets = outputs
+        together, *alone = (
+            binary_cross_entropy_with_logits(each, labels, reduction="none") for each in (logits[:, 0], *nets.unbind(1))
+        )
+        of_both = global_mean(weights * together)
+        for each in alone:
+            together = together + torch.relu(global_mean(weights * each) - of_both) * each
+        return together

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, linear
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm import DLRM, InteractionArch
@@ -61,14 +61,18 @@ class TabM(DLRM):
         return InteractionArch(num_sparse_features), vectors * embedding_dim + num_vectors * (num_vectors - 1) // 2
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Any:
-        """Map a batch to logits [B, 1]; in training also to what the members' mean loss is above that of the logit."""
+        """Map a batch to logits [B, 1]; in training also to those of the members [B, k]."""
         dense, sparse = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
         inputs = self.inter_arch(dense, sparse)
         if self.reads_vectors:
             inputs = torch.cat([inputs, sparse.flatten(1)], dim=1)
         members = (self.over_arch(inputs.unsqueeze(1)).float() * self.weight).sum(dim=2) + self.bias
         logits = members.mean(dim=1, keepdim=True)
-        if not self.training:
-            return logits
-        # mean_i BCE(z_i, y) = BCE(z, y) + mean_i softplus(z_i) - softplus(z), where z is the mean of all z_i.
-        return logits, softplus(members).mean(dim=1) - softplus(logits.squeeze(1))
+        return (logits, members) if self.training else logits
+
+    def loss(self, outputs: tuple[Tensor, Tensor], labels: Tensor, weights: Tensor) -> Tensor:
+        """The mean cross-entropy of the members [B]; rows are weighed where it is called."""
+        del weights
+        _, members = outputs
+        clicks = labels.unsqueeze(1).expand_as(members)
+        return binary_cross_entropy_with_logits(members, clicks, reduction="none").mean(dim=1)
