@@ -38,6 +38,7 @@ from torchdlrm import DLRM, Dataset, InteractionArch, binary_metrics, evaluate, 
 
 SCHEMAS = {"plain": "criteo", "bucketed": "criteo-bucketed"}
 CUTS = 4
+LINES = "runs.jsonl"
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
 AVERAGED = 8  # checkpoints, over the last 30 % of the steps
 
@@ -138,14 +139,16 @@ def main(variants: Mapping[str, Variant] = VARIANTS, description: str | None = _
     parser.add_argument("--json", type=Path, help="write the table here, too")
     options = parser.parse_args()
     make_datasets(options.log, options.folder)
-    lines, asked = options.folder / "runs.jsonl", set(tasks(options.variants, range(options.seeds)))
+    lines, asked = options.folder / LINES, set(tasks(options.variants, range(options.seeds)))
     done = {task_of(run) for run in read(lines)}
+    left = sorted(asked - done, key=lambda task: task[3])  # all of a seed, then all of the next one
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        left = sorted(asked - done, key=lambda task: task[3])  # all of a seed, then all of the next one
         futures = [pool.submit(one_run, options.folder, variants[task[0]], *task) for task in left]
-        for future in as_completed(futures):
-            with lines.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     table = [*rows_of([run for run in read(lines) if task_of(run) in asked], options.variants)]
     print_table(table)
     if options.json:
@@ -182,8 +185,8 @@ def make_datasets(log: Path, folder: Path) -> None:
         rows = rows[: len(rows) * 6 // 7]
 
 
-def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, seed: int) -> dict[str, Any]:
-    """Train once; what the rows that follow say."""
+def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, seed: int) -> None:
+    """Train once, and add a line with what the rows that follow say."""
     path = folder / f"{dataset}-{cut}"
     settings = {"seed": seed, "logging.tensorboard": "false", "train.num_threads": 1, **variant.settings}
     with TemporaryDirectory() as place:
@@ -201,7 +204,9 @@ def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, s
             found = evaluate(run, split="val+test", model_class=variant.model_class, progress=False) or {}
         shutil.rmtree(run)
     task = {"variant": name, "dataset": dataset, "cut": cut, "seed": seed}
-    return {**task, "auc": found["auc"], "logloss": found["logloss"], "rows_per_s": history.summary.rows_per_s}
+    figures = {"auc": found["auc"], "logloss": found["logloss"], "rows_per_s": history.summary.rows_per_s}
+    with (folder / LINES).open("a") as file:
+        file.write(json.dumps({**task, **figures}) + "\n")
 
 
 def averaged_metrics(folder: Path, path: Path, variant: Variant) -> dict[str, Any]:
