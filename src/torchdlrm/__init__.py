@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
     from torchdlrm.features.tables import Feature as Feature
+    from torchdlrm.features.tables import Table as Table
     from torchdlrm.insight.importance import importance as importance
     from torchdlrm.judged import Judged as Judged
     from torchdlrm.judging.comparison import Comparison as Comparison
@@ -80,7 +81,7 @@ _NAMES_OF = {
     "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
-    "features.tables": ("Feature",),
+    "features.tables": ("Feature", "Table"),
     "insight.importance": ("importance",),
     "judged": ("Judged",),
     "judging.comparison": ("Comparison",),

@@ -12,7 +12,15 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import in_one_list, in_sections
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
-from torchdlrm.features.tables import Feature, FeatureTable, check_features, feature_tables, sparse_features
+from torchdlrm.features.tables import (
+    Feature,
+    FeatureTable,
+    Table,
+    check_features,
+    feature_tables,
+    sparse_features,
+    table_problems,
+)
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.folders import KindName, wrong_folder
@@ -41,11 +49,12 @@ def oldest_version(
     model_class: ModelClassRecord | None,
     period: int | None = None,
     *,
+    has_groups: bool = False,
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
     needed = {
-        FORMAT_VERSION: schema.has_histories,
+        FORMAT_VERSION: has_groups or schema.has_histories,
         _WITH_SETTINGS: model.settings,
         _WITH_IDS: schema.has_ids,
         _WITH_NEVER_MISSING: has_never_missing,
@@ -250,6 +259,7 @@ class BundleManifest(SealedJson):
         sparse: each sparse feature, in the order of the schema.
         model: the model's shape.
         model_class: what identifies the user's model class, where there is one; none of its code is in here.
+        groups: tables that it asks for besides those of the vectors.
         dense_precision: what the dense, interaction and over arch may compute in.
         period: number of the last period that was learnt from; None where logs have no periods.
         recalibration: what logits become before they are predicted.
@@ -272,6 +282,7 @@ class BundleManifest(SealedJson):
     sparse: dict[str, ServedFeature]
     model: ModelConfig
     model_class: ModelClassRecord | None = None
+    groups: tuple[Table, ...] = ()
     dense_precision: DensePrecision
     period: Annotated[int, Field(ge=0)] | None = None
     recalibration: Recalibration | None = None
@@ -309,6 +320,8 @@ class BundleManifest(SealedJson):
         if smaller := model.feature_problems():
             raise ValueError(smaller[0])
         check_features(model, self.features)
+        for problem in table_problems(self.groups, self.features):
+            raise ValueError(problem)
         by = self.recalibrated[1]
         if by is not None and by not in {feature.name for feature in self.features if not feature.is_multi_valued}:
             msg = f"recalibration: by {by}, which is no sparse feature of one value"
@@ -355,7 +368,7 @@ class BundleManifest(SealedJson):
     @property
     def tables(self) -> list[FeatureTable]:
         """What is looked up for the features, key by key."""
-        return feature_tables(self.model, self.features)
+        return feature_tables(self.model, self.features, self.groups)
 
     @property
     def recalibrated(self) -> tuple[RecalibrationMethod | None, str | None]:
@@ -371,8 +384,9 @@ class BundleManifest(SealedJson):
         content = super()._content()
         if self.source.checkpoint is None:
             del content["source"]["checkpoint"]
-        for name in ("model_class", "period", "recalibration"):
-            if content[name] is None:
+        content["groups"] = [{key: of[key] for key in ("feature", "dim", "group")} for of in content["groups"]]
+        for name in ("model_class", "period", "recalibration", "groups"):
+            if content[name] in (None, []):
                 del content[name]
         content["model"] = in_one_list(content["model"])  # as older versions read it
         if self.model.interaction == "dot":  # which older versions do not say

@@ -71,7 +71,7 @@ class TableLookup:
         assert len(slots) == num_slots, num_slots
         slot_of = {table.key: table.feature if table.is_vector else table.key for table in tables}
         for start, kind, table in zip(starts_T, types_T, tables, strict=True):
-            rest = [(*no_ids, dim - table.dim, False)] * (table.dim < dim)
+            rest = [(*no_ids, -table.dim % dim, False)] * (table.dim % dim > 0)
             slots[slot_of[table.key]] = [(start, kind, table.dim, True), *rest]
         seen = [part for parts in slots.values() for part in parts]
         starts, types, dims, has_ids = (list(column) for column in zip(*seen, strict=True))
@@ -92,11 +92,14 @@ class TableLookup:
         self._offsets: dict[int, Tensor] = {}
         # Of all keys in the order of the manifest: the slot, behind which there are those of remainders and the like,
         # and how much of it is theirs.
-        number = {name: place for place, name in enumerate(slots)}
+        widths = (sum(part[2] for part in parts) // dim for parts in slots.values())
+        number = dict(zip(slots, accumulate(widths, initial=0), strict=False))
         place = {key: number[name] for key, name in slot_of.items()}
         self._pooled = [(place[table.key], table.dim) for table in of_all]
         self._projections = [
-            (place[table.key], table.dim, _projection(bundle, table).to(dtype)) for table in tables if table.dim < dim
+            (place[table.key], table.dim, _projection(bundle, table).to(dtype))
+            for table in tables
+            if table.dim < table.vector_dim
         ]
         self._pairs = [(number[t.feature], place[t.key], t.combination) for t in tables if t.is_remainder]
 
@@ -118,8 +121,8 @@ class TableLookup:
 
     def pooled(self, rows: EncodedRows) -> Tensor:
         """The sums of the rows of each table, [B, sum of their dimensions]; raises as a call."""
-        vectors = self._look_up(rows)
-        return torch.cat([vectors[:, slot, :dim] for slot, dim in self._pooled], dim=1)
+        numbers = self._look_up(rows).flatten(1)
+        return torch.cat([numbers[:, slot * self._dim :][:, :dim] for slot, dim in self._pooled], dim=1)
 
     def _look_up(self, rows: EncodedRows) -> Tensor:
         """[B, M + R, D]: the slots, and behind them what the R keys of remainders and the like look up."""

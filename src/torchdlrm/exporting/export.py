@@ -50,6 +50,7 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.recalibrate import check_recalibration, recalibration_of
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import ValueLookup, encode
+from torchdlrm.features.tables import Table
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of, reported
 from torchdlrm.progress import ProgressListener, watched
@@ -221,6 +222,7 @@ def _export(
                 run.config.model,
                 record_of(shape.architecture),
                 dataset.period,
+                has_groups=bool(about["groups"]),
                 has_never_missing=any(fitted.never_missing for fitted in dataset.manifest.dense.values()),
             ),
             check=None,
@@ -256,6 +258,7 @@ def _about(run: Run, dataset: Dataset, shape: ModelShape, chosen: ChosenCheckpoi
         "dense": {column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
         "model": run.config.model.as_served,
         "model_class": record_of(shape.architecture),
+        "groups": tuple(Table(of.feature, of.dim, of.group) for of in shape.architecture.tables(shape.features)),
         "period": dataset.period,
         "source": Origin(
             run=run.path.resolve().name,

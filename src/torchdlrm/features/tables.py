@@ -17,7 +17,7 @@ the id at one place from the end.  So one collection of pooled embeddings also g
 sharding.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -30,6 +30,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.toml import did_you_mean
 
 Combination = Literal["mult", "add"]
+_MAX_DIM = 8192  # of FBGEMM's kernels
 
 
 def table_name(key: str) -> str:
@@ -76,13 +77,44 @@ def features_of_sizes(num_ids: Mapping[str, int], multi_valued: Collection[str] 
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table that a model class asks for besides the one of the vectors: one or several numbers for each id.
+
+    Attributes:
+        feature: whose ids they are of; of several ids in a row the numbers are added up.
+        dim: how many numbers.
+        group: the name by which `SparseArch.group` gives those of all features that have it, [B, F, dim].
+        init: initial rows are drawn from U(-init, init).
+        frozen: whether training leaves it as it is.
+    """
+
+    feature: str
+    dim: int
+    group: str
+    init: float = 0.0
+    frozen: bool = False
+
+
+def table_problems(asked: Sequence[Table], features: Sequence[Feature]) -> Iterator[str]:
+    """What is wrong about tables that were asked for."""
+    dims = {table.group: table.dim for table in asked}
+    for table in asked:
+        if table.feature not in {feature.name for feature in features} or not table.group.isidentifier():
+            yield f"{table}: there is no such feature, or the group is no name"
+        if not 1 <= table.dim <= _MAX_DIM or table.dim != dims[table.group]:
+            yield f"{table}: dim must be that of its group, from 1 to {_MAX_DIM:,}"
+    if len({(table.feature, table.group) for table in asked}) < len(asked):
+        yield "a feature has two tables in one group"
+
+
+@dataclass(frozen=True)
 class FeatureTable:
     """What a key of the KJT looks up for its feature.
 
     Attributes:
         feature: whose ids the key has.
         key: the feature itself, or its name with `_q` for quotients, `_r` for remainders, `@0` for the last id of each
-            row, `@1` for the one before it.
+            row, `@1` for the one before it; or with the name of a group.
         table_key: the key that the table is called after: `key`, unless another feature has lent its table.
         rows: of the table.
         dim: of its rows.
@@ -91,6 +123,7 @@ class FeatureTable:
         num_collisions: by what ids are divided.
         num_ids: of the feature: the rows of its table if it were one.
         position: of a sequence, which ids these are, from the end of each row's; None: they are all.
+        asked: where a model class has asked for it, as it has; `dim` is a multiple of 4 then, and zeros fill its rows.
     """
 
     feature: str
@@ -103,6 +136,7 @@ class FeatureTable:
     num_collisions: int
     num_ids: int
     position: int | None = None
+    asked: Table | None = None
 
     @classmethod
     def whole(cls, feature: str, rows: int, dim: int, owner: str | None = None) -> Self:
@@ -122,7 +156,7 @@ class FeatureTable:
     @property
     def is_vector(self) -> bool:
         """Whether the feature's vector begins with what it looks up: there is one such key a feature, at most."""
-        return self.position is None and not self.is_remainder
+        return self.position is None and self.asked is None and not self.is_remainder
 
     @property
     def is_remainder(self) -> bool:
@@ -147,12 +181,13 @@ class FeatureTable:
         return ids % divisor if self.is_remainder else ids // divisor
 
 
-def feature_tables(model: ModelConfig, features: Sequence[Feature]) -> list[FeatureTable]:
+def feature_tables(model: ModelConfig, features: Sequence[Feature], extra: Sequence[Table] = ()) -> list[FeatureTable]:
     """What is looked up for all features, key by key.
 
     Args:
         model: its `features` may be of others, too.
         features: in the order of the schema.
+        extra: what a model class asks for besides.
     """
     found: list[FeatureTable] = []
     for feature in features:
@@ -162,6 +197,10 @@ def feature_tables(model: ModelConfig, features: Sequence[Feature]) -> list[Feat
             dim, combination = chosen.embedding_dim or whole.dim, chosen.quotient_remainder
             whole = replace(whole, dim=dim, combination=combination, num_collisions=chosen.num_collisions)
         found += whole.parts()
+        for asked in (table for table in extra if table.feature == feature.name):
+            name, owner = (f"{of}@{asked.group}" for of in (feature.name, whole.table_key))
+            table = FeatureTable.whole(name, feature.num_ids, -(-asked.dim // 4) * 4, owner)
+            found.append(replace(table, feature=feature.name, asked=asked))
     return found
 
 

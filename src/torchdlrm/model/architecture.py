@@ -22,7 +22,7 @@ from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.errors import BundleError
-from torchdlrm.features.tables import Feature, FeatureTable, check_features, feature_tables, sparse_features
+from torchdlrm.features.tables import Feature, FeatureTable, Table, check_features, feature_tables, sparse_features
 from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights
 
@@ -82,6 +82,11 @@ class Architecture(ABC):
             ConfigError: it cannot.
         """
         del shape
+
+    def tables(self, features: Sequence[Feature]) -> Sequence[Table]:
+        """What is looked up besides the vectors."""
+        del features
+        return ()
 
     def num_activations(self, shape: "ModelShape") -> int:
         """Numbers of a row that the forward pass keeps for the backward: the products' factors, at least."""
@@ -222,7 +227,7 @@ class ModelShape:
     @property
     def tables(self) -> list[FeatureTable]:
         """What is looked up for the features, key by key."""
-        return feature_tables(self.config, self.features)
+        return feature_tables(self.config, self.features, self.architecture.tables(self.features))
 
     @property
     def flat_size(self) -> int:

@@ -96,6 +96,8 @@ def _feature_vectors(
     """
     vectors: list[Tensor] = []
     for table in tables:
+        if table.asked is not None:
+            continue
         vector = embeddings[table.key]
         if table.is_remainder:
             quotient = vectors.pop()
@@ -122,7 +124,7 @@ class SparseArch(nn.Module):
     ) -> None:
         super().__init__()
         self._tables = tables_of(embedding_bag_collection)
-        dims = sorted({table.vector_dim for table in self._tables})
+        dims = sorted({table.vector_dim for table in self._tables if table.is_vector})
         if len(dims) != 1:
             msg = f"the tables must have one dimension, and have {dims}"
             raise ValueError(msg)
@@ -142,6 +144,26 @@ class SparseArch(nn.Module):
         if self._are_plain:
             return stack_embeddings(embeddings, self.sparse_feature_names, self.D)
         return torch.stack(_feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections), dim=1)
+
+    def group(self, name: str, features: KeyedJaggedTensor) -> Tensor:
+        """The numbers of a group of the tables that `tables` of a model class asks for.
+
+        Args:
+            name: of the group.
+            features: as `forward` takes them.
+
+        Returns:
+            [B, F, dim]: of the features that have such a table, in the order of the schema.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        keys = [(table.key, table.asked.dim) for table in self._tables if table.asked and table.asked.group == name]
+        if not keys:
+            msg = f"no table was asked for in the group {name!r}"
+            raise ValueError(msg)
+        found = embeddings_by_key(self.embedding_bag_collection(features))
+        return torch.stack([found[key][:, :dim] for key, dim in keys], dim=1)
 
 
 class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
@@ -191,7 +213,7 @@ class DLRM(nn.Module):
         dense_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        dims = {table.vector_dim for table in tables_of(embedding_bag_collection)}
+        dims = {table.vector_dim for table in tables_of(embedding_bag_collection) if table.is_vector}
         if dims != {dense_arch_layer_sizes[-1]}:
             msg = f"the dense arch ends with {dense_arch_layer_sizes[-1]}, but the tables have dimension {sorted(dims)}"
             raise ValueError(msg)

@@ -28,6 +28,7 @@ from torch import nn
 from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import Setting
 from torchdlrm.errors import ConfigError, TorchDLRMError
+from torchdlrm.features.tables import Feature, Table, table_problems
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture, ModelShape, Product, built_in
 from torchdlrm.toml import did_you_mean
@@ -174,6 +175,16 @@ class CustomArchitecture(Architecture):
         if not isinstance(made, nn.Module):
             msg = f"`model_class`: {self.record.name} makes a {type(made).__name__}, which is no torch.nn.Module"
             raise ConfigError(msg)
+
+    def tables(self, features: Sequence[Feature]) -> Sequence[Table]:
+        """What its class method `tables` asks for; raises ConfigError where that cannot be."""
+        with _reported(self.record.name):
+            found = tuple(getattr(self.make, "tables", lambda *_, **__: ())(features, **dict(self.settings)))
+            problems = [*table_problems(found, features)]
+        if problems or (found and self.is_interaction):
+            problems = problems or ["an interaction arch is not given them; make it a subclass of DLRM"]
+            raise ConfigError("\n  ".join([f"`model_class`: the tables that {self.record.name} asks for:", *problems]))
+        return found
 
     def products(self, shape: ModelShape) -> Sequence[Product]:
         """Found by running the model once on a few rows."""

@@ -195,7 +195,8 @@ def _tables(request: PlanRequest, config: Config, dataset: Dataset | None) -> li
         raise PlanError(msg)
     if dataset is not None:
         features = sparse_features(dataset.schema, dataset.num_embeddings)
-        tables = tables_of_model(feature_tables(config.model.with_features({}), features))
+        extra = _architecture(request, config).tables(features)
+        tables = tables_of_model(feature_tables(config.model.with_features({}), features, extra))
     elif request.run is not None:
         tables = [
             Table(name, placed["rows"], placed["dim"], placed["pooling_factor"])

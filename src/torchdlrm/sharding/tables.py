@@ -108,7 +108,7 @@ def features_of(tables: Sequence[Table], model: ModelConfig) -> dict[str, int]:
     found = {}
     for table in tables:
         name, part = parts.get(feature_of(table), (feature_of(table), ""))
-        if part != "r":
+        if part != "r" and "@" not in name:  # which are of groups
             found[name] = table.rows * (divided[name] if part else 1)
     return found
 

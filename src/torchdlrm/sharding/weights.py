@@ -31,16 +31,18 @@ def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTab
         model: after `DistributedModelParallel`; tables are found in its state dict as `ShardedTensor` of
             float32 [rows, dim].
         seed: of the whole model; each table draws from its own stream.
-        parts: tables of the model of which a feature has two; others may be among them.
+        parts: tables of the model of which a feature has two, or which say their range; others may be among them.
         scale: of vectors: of two tables that are multiplied, the quotients' have it.
     """
-    pairs = {table.name: table for table in parts if table.combination is not None}
+    pairs = {table.name: table for table in parts if table.combination is not None or table.asked is not None}
     tables = {name: value for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
     for table_index, name in enumerate(sorted(tables)):
         num_rows, dim = tables[name].size()
         part = pairs.get(name.split(".")[-2])
         num_ids = num_rows if part is None else part.num_ids * (2 if part.combination == "add" else 1)
         bound = scale * float(num_ids) ** -0.5
+        if part is not None and part.asked is not None:
+            bound = part.asked.init
         for shard in tables[name].local_shards():
             first_row, first_column = shard.metadata.shard_offsets
             rows, columns = shard.metadata.shard_sizes

@@ -68,7 +68,7 @@ def frozen_parts(names: Sequence[str], model: nn.Module, tables: Sequence[Featur
     modules = [name for name, _ in model.named_modules() if name and not _is_inside(name, _COLLECTION)]
     parameters = [name for name, _ in model.named_parameters() if not _is_inside(name, _COLLECTION)]
     features = list(dict.fromkeys(table.feature for table in tables))
-    frozen_tables: set[str] = set()
+    frozen_tables = {table.name for table in tables if table.asked is not None and table.asked.frozen}
     prefixes: set[str] = set()
     for name in names:
         if name == _DENSE:

@@ -86,7 +86,7 @@ def check_freeze(config: Config, shape: ModelShape, device: torch.device) -> Non
     Raises:
         ConfigError: it has not, or nothing is left to learn; or some tables are frozen on a GPU, and others are not.
     """
-    if config.train.freeze:
+    if config.train.freeze or any(table.asked is not None and table.asked.frozen for table in shape.tables):
         model = build_model(shape, torch.device("meta")).model
         frozen = frozen_parts(config.train.freeze, model, shape.tables)
         if device.type == "cuda" and 0 < len(frozen.tables) < len({table.name for table in shape.tables}):

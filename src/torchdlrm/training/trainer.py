@@ -15,7 +15,6 @@ import torch
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import Interrupted, TrainingError
-from torchdlrm.features.tables import table_name
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, first_and_others
@@ -140,7 +139,11 @@ class Trainer:
         how = TakeOver(
             keeps_dense_state=config.warm_start.dense_optimizer_state == "kept",
             may_grow=True,
-            reset_ids={table_name(name): self._dataset.reset_ids(name) for name in self._source.num_reset},
+            reset_ids={
+                table.name: self._dataset.reset_ids(table.feature)
+                for table in self._shape.tables
+                if table.feature in self._source.num_reset and table.combination is None
+            },
             factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )
         return replace(self._position, steps_before=self._checkpointer.start_from(self._source.checkpoint, how))
