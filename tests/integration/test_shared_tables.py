@@ -1,6 +1,7 @@
 """Columns that share a vocabulary and a table: an item that is shown, and those that were seen before, newest last.
 
-From raw rows to predictions: what preprocessing counts, what a model learns, what its bundle and its deltas hold.
+From raw rows to predictions: what preprocessing counts, what a bundle and its deltas hold.  What a model learns of
+shared tables, on one process and two, is in tests/numerics/test_smaller_tables.py.
 """
 
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from helpers.days import TABLE, config, last_state
+from helpers.days import config
 from helpers.live_models import CONFIG, WIDE, files_of
 from helpers.predicted import rows_of_request
 from helpers.raw_logs import checksums
@@ -26,7 +27,7 @@ from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.data.judgements import judge_dataset
 from torchdlrm.data.page import dataset_page
 from torchdlrm.data.summary import summarize
-from torchdlrm.errors import BundleError, ConfigError
+from torchdlrm.errors import BundleError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
@@ -38,8 +39,6 @@ from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
 from torchdlrm.serving.front.open_inference.tensors import Tensor
-from torchdlrm.training.processes.launch import Processes, launch
-from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
 
 SCHEMA = FeatureSchema(
@@ -226,39 +225,6 @@ def test_a_shared_table_has_one_precision_and_an_export_is_known_again(run, logs
     wrong.write(logs / f"{precision}-wrong")
     with pytest.raises(BundleError, match=r"sparse\.seen: has another table or vocabulary than item, which it shares"):
         BundleManifest.read(logs / f"{precision}-wrong")
-
-
-SIZES = '{item = {embedding_dim = 4}, page = {quotient_remainder = "add", num_collisions = 2}}'
-TRAININGS = {
-    "plain": config(max_steps := {"train.max_steps": "4"}),
-    "smaller": config(max_steps, {"model.features": SIZES}),
-}
-
-
-def on_two(dataset, folder):
-    with join_process_group():
-        for name, chosen in TRAININGS.items():
-            train(chosen, dataset, folder / f"{name}-on-2")
-
-
-def test_two_processes_learn_what_one_does_with_tables_of_each_kind(dataset, logs):
-    launch(on_two, dataset.path, logs, processes=Processes(2))
-    for name, tables in (("plain", {"item", "shop", "page"}), ("smaller", {"item", "shop", "page_q", "page_r"})):
-        train(TRAININGS[name], dataset, logs / f"{name}-on-1")
-        one, two = (last_state(logs / f"{name}-on-{n}", logs / f"state-{name}-{n}") for n in (1, 2))
-        assert one.keys() == two.keys()
-        assert {key.split(TABLE)[1].split(".")[0] for key in one if TABLE in key} == tables
-        for key, value in one.items():
-            np.testing.assert_allclose(value, two[key], rtol=0, atol=2e-5, err_msg=key)
-
-
-def test_settings_of_a_table_are_those_of_its_owner(dataset, logs):
-    for features, message in (
-        ("{seen = {embedding_dim = 4}}", "model.features.seen: seen shares the table of item, which model.features.it"),
-        ('{item = {quotient_remainder = "mult"}}', "seen or item may have several values a cell"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            train(config({"model.features": features}), dataset, logs / "refused")
 
 
 def test_values_stay_while_a_column_has_them_and_deltas_give_the_bytes_of_the_whole_export(tmp_path):

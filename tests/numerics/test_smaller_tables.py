@@ -44,6 +44,9 @@ columns = [
     { role = "sparse", name = "genres", kind = "string", value_separator = "|" },
     { role = "sparse", name = "film", kind = "int", hash = 50 },
     { role = "sparse", name = "values", kind = "int" },
+    { role = "sparse", name = "last_city", kind = "string", table = "city" },
+    { role = "sparse", name = "films", kind = "int", table = "film", value_separator = "|" },
+    { role = "sparse", name = "friend", kind = "int", table = "user" },
 ]
 [split]
 rule = "order"
@@ -51,8 +54,9 @@ val = 0.1
 test = 0.1
 """
 STEPS, DIM = 10, 16
-NAMES = ["seen", "age", "user", "city", "genres", "film", "values"]
-# A plain table, a projected one, a sum for several values a cell, a product, and a name that modules have too.
+NAMES = ["seen", "age", "user", "city", "genres", "film", "values", "last_city", "films", "friend"]
+# A plain table, a projected one, a sum for several values a cell, a product, and a name that modules have too; three of
+# them are shared by another column.
 SETTINGS = {
     "model.features.city.embedding_dim": "4",
     "model.features.values.embedding_dim": "8",
@@ -82,7 +86,9 @@ def log(tmp_path_factory):
         user, film, chosen = draw.randrange(90), draw.randrange(200), draw.sample(genres, draw.randrange(4))
         seen = draw.random() < (0.8 if user % 3 and "g1" not in chosen else 0.2)
         city = draw.choice(["Köln", "Bonn", "Ulm", "Jena", "-"])
-        cells = int(seen), draw.random(), user, city, "|".join(chosen), film, draw.randrange(30)
+        films = "|".join(str(draw.randrange(200)) for _ in range(draw.randrange(4)))
+        shared = draw.choice(["Bonn", "Jena"]), films, draw.randrange(90)
+        cells = int(seen), draw.random(), user, city, "|".join(chosen), film, draw.randrange(30), *shared
         lines.append(",".join(map(str, cells)))
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -127,6 +133,7 @@ def logits_of_plain_torch(weights, dense, ids):
         "film": lambda i: row_of("film", i),
         "values": lambda i: weights["sparse_arch.projections.t_values.weight"] @ row_of("values", i),
     }
+    vector_of |= {"last_city": vector_of["city"], "films": vector_of["film"], "friend": vector_of["user"]}
     nothing, logits = torch.zeros(DIM, dtype=torch.float64), []
     for row, numbers in enumerate(dense.double()):
         vector = numbers
@@ -206,7 +213,7 @@ def test_two_processes_train_the_same_weights(run, dataset, tmp_path):
 
 
 def test_all_ways_to_predict_agree_with_the_checkpoint(serve, bundle, run, dataset, log, tmp_path):
-    assert BundleManifest.read(bundle).format_version == 6  # of numbers that training never lacked; of tables alone 4
+    assert BundleManifest.read(bundle).format_version == 10  # of shared tables; of smaller ones alone 4
     assert_no_skew(serve, bundle, run, dataset, log, tmp_path)
 
 
@@ -266,6 +273,11 @@ def test_a_delta_in_memory_predicts_as_the_whole_bundle(run, log, precision, tmp
     [
         ({"citi.embedding_dim": "4"}, "model.features.citi: there is no sparse feature citi; did you mean city?"),
         ({"genres.quotient_remainder": "mult"}, "genres may have several values a cell"),
+        ({"film.quotient_remainder": "mult"}, "film or films may have several values a cell"),
+        (
+            {"films.embedding_dim": "4"},
+            "model.features.films: films shares the table of film, which model.features.film",
+        ),
         ({"user.quotient_remainder": "mult", "user.num_collisions": "5000"}, "must be below the feature's 9"),
     ],
 )
