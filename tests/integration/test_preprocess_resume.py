@@ -44,6 +44,7 @@ SCHEMA = FeatureSchema(
         ),
         SparseColumn(name="shop", kind="int", hash=50),
         SparseColumn(name="seen", kind="hex", value_separator="|", max_values=3, keep="last", table="item"),
+        DenseColumn(name="text", kind="vector", size=3),
     ),
 )
 OPTIONS = PreprocessOptions(min_count=2, part_rows=700)
@@ -80,9 +81,10 @@ def log(tmp_path_factory):
             rng.choice(["", f"{rng.randrange(700):x}"]),
         )
         seen = "|".join(f"{rng.randrange(900):x}" for _ in range(rng.randrange(6)))
+        text = rng.choice(["", "[1, 2, 0.5]", f"{rng.random():.3f},-1,7"])
         lines.append(
             f"{rng.choice('0001')}\t{rng.random():.2f}\t{rng.choice('01')}\t{i}\t{rng.gauss(0, 1e5):.3f}"
-            f"\t{city}\t{item}\t{tags}\t{rng.randrange(400)}\t{seen}\n"
+            f"\t{city}\t{item}\t{tags}\t{rng.randrange(400)}\t{seen}\t{text}\n"
         )
     path = tmp_path_factory.mktemp("log") / "log.tsv"
     path.write_text("".join(lines))

@@ -228,10 +228,11 @@ class Bundle:
         return ModelShape(
             self.manifest.model,
             len(self.schema.dense),
-            len(self.manifest.sparse),
+            len(self.manifest.sparse) + len(self.schema.content),
             self.architecture,
             is_weighted=self.schema.has_value_weights,
             known_features=self.manifest.features,
+            content=self.schema.content,
         )
 
     @property

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.tables import FeatureTable, from_the_end
+from torchdlrm.features.vectors import rows_of
 
 # The ids of all rows one after the other, and where each row's begin: int32 or int64 [values], [B + 1].
 Bags = tuple[NDArray[Any], NDArray[Any]]
@@ -25,7 +26,7 @@ class EncodedRows:
     """B rows.
 
     Attributes:
-        dense: float32 [B, num_dense], C-contiguous.
+        dense: float32 [B, num_dense], C-contiguous, and behind these the vectors.
         sparse: ids, int32 or int64 [F, B], where every feature of every row has exactly one; else the bags of each
             feature. Of rows that were split, of each table.
         weights: of the ids of each feature's bags, float32 [values], None where they have none; None where no feature
@@ -55,6 +56,8 @@ class EncodedRows:
         dense = np.empty((frame.height, len(schema.dense)), np.float32)
         for index, column in enumerate(schema.dense):
             dense[:, index] = frame[column.name].to_numpy()
+        if schema.content:
+            dense = np.hstack([dense, *(rows_of(frame[column.name], column) for column in schema.content)])
         if any(column.is_multi_valued for column in schema.sparse):
             bags = tuple(_bags(frame[column.name]) for column in schema.sparse)
             if not schema.has_value_weights:

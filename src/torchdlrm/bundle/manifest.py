@@ -31,7 +31,7 @@ from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
 _WITH_NEVER_MISSING, _WITH_IDS, WITH_RECALIBRATION, _WITH_SETTINGS = range(6, 10)
-FORMAT_VERSION = 10  # with histories
+FORMAT_VERSION = 10  # with vectors or histories
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -54,7 +54,7 @@ def oldest_version(
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
     needed = {
-        FORMAT_VERSION: has_groups or schema.has_histories,
+        FORMAT_VERSION: has_groups or schema.content or schema.has_histories,
         _WITH_SETTINGS: model.settings,
         _WITH_IDS: schema.has_ids,
         _WITH_NEVER_MISSING: has_never_missing,

@@ -2,7 +2,7 @@
 
 A dataset holds encoded rows alone.  An id becomes its value again by the vocabulary, id 0 a value outside of it, a
 dense value what its transform maps to it; and a row is kept where encoding it gives exactly the encoded row again.  For
-a hashed feature any value will do.
+a hashed feature any value will do, and for a vector the one that is stored.
 
 B rows.
 """
@@ -23,6 +23,7 @@ from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.features.kinds import map_lists
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
+from torchdlrm.features.vectors import typed_vectors
 from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
 
 PREDICTION_COLUMN = "prediction"
@@ -88,6 +89,7 @@ def raw_sample(
     """
     raw = pl.DataFrame(
         [_raw_dense(encoded[column.name], column, dense[column.name]) for column in schema.dense]
+        + [typed_vectors(encoded[column.name], column)[0] for column in schema.content]
         + [_raw_sparse(encoded, column, vocabularies.get(column.name)) for column in schema.sparse_columns]
     )
     raw = raw.with_columns(

@@ -58,7 +58,7 @@ class ServedModel:
             precision_of_processor() if allowed == "bfloat16" else Precision(torch.float32, "the bundle says so")
         )
         self.recalibration = bundle.manifest.recalibration
-        self._num_dense, self._features = len(bundle.schema.dense), list(bundle.manifest.sparse)
+        self._num_inputs, self._features = bundle.shape.num_inputs, list(bundle.manifest.sparse)
         self._chunk_rows = _chunk_rows(bundle, self.precision.dtype)
         weights = ServedWeights(partial(_weight, bundle), self.precision.dtype, self._chunk_rows)
         fast = bundle.shape.architecture.fast_interaction(bundle.shape, weights)
@@ -83,7 +83,7 @@ class ServedModel:
 
     def logits(self, encoded: EncodedRows) -> NDArray[np.float32]:
         """The log-odds of a click of each row: float32 [B]; raises as `predict`."""
-        assert encoded.dense.shape[1] == self._num_dense, encoded.dense.shape
+        assert encoded.dense.shape[1] == self._num_inputs, encoded.dense.shape
         logits_B = torch.empty(encoded.num_rows, dtype=torch.float32)
         with torch.inference_mode():
             num_chunks = -(-encoded.num_rows // self._chunk_rows)
@@ -119,17 +119,27 @@ def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedW
     over[0] = (interaction.spread(over[0][0]), over[0][1])
     dtype, batch_rows = weights.dtype, weights.batch_rows
     num_dense, lookup = len(bundle.schema.dense), TableLookup(bundle, dtype, interaction.num_slots)
+    first_slot = len(bundle.manifest.sparse) + 1
     dense_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in dense]
     over_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in over[:-1]]
     # In float32 whatever the others compute in: bfloat16 has 8 bits, and a logit rounded to it is a probability in
     # steps of 3 %: docs/decisions/the-last-layer-writes-float32.md.
+    sizes, projections = [num_dense, *(column.size or 0 for column in bundle.schema.content)], []
+    for column, size in zip(bundle.schema.content, sizes[1:], strict=True):
+        name, dim = f"content_arch.v_{column.name}", bundle.shape.config.embedding_dim
+        layer = weights.layer(f"{name}.weight", (dim, size), bias=f"{name}.bias")
+        projections.append((layer, weights.get(f"{name}.missing", (dim,)).to(dtype)))
     last_weight_I, last_bias_1 = over[-1][0][0].clone(), over[-1][1].clone()
 
     def forward(rows: EncodedRows) -> Tensor:
         vectors_BMD = lookup(rows)
         # Without dense features the input is a 1, see `torchdlrm.model.dlrm.ConstantArch`.
-        dense = np.ascontiguousarray(rows.dense) if num_dense else np.ones((rows.num_rows, 1), np.float32)
-        vectors_BMD[:, 0] = run_layers(dense_arch, torch.from_numpy(dense).to(dtype))
+        given, *content = torch.from_numpy(np.ascontiguousarray(rows.dense)).split(sizes, dim=1)
+        dense = given.contiguous() if num_dense else given.new_ones(rows.num_rows, 1)
+        for slot, (x, (layer, missing_D)) in enumerate(zip(content, projections, strict=True), first_slot):
+            projected = layer(x.to(dtype).contiguous())
+            vectors_BMD[:, slot] = torch.where((x == 0).all(dim=1, keepdim=True), missing_D, projected)
+        vectors_BMD[:, 0] = run_layers(dense_arch, dense.to(dtype))
         return torch.addmv(last_bias_1, run_layers(over_arch, interaction.interact(vectors_BMD)).float(), last_weight_I)
 
     return forward

@@ -32,7 +32,7 @@ from torchdlrm.storage import mirror, places
 from torchdlrm.toml import did_you_mean
 
 _FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, _WITH_IDS = range(1, 7)
-FORMAT_VERSION = 7  # with histories
+FORMAT_VERSION = 7  # with vectors or histories
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
@@ -49,7 +49,7 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    if schema.has_histories:
+    if schema.content or schema.has_histories:
         return FORMAT_VERSION
     if schema.has_ids:
         return _WITH_IDS
@@ -474,6 +474,9 @@ def write_part(
     fields = [pa.field(column.name, pa.int8(), nullable=False) for column in schema.labels]
     floats = [column.name for column in (schema.weight, *schema.dense) if column is not None]
     fields += [pa.field(name, pa.float32(), nullable=False) for name in floats]
+    kinds = {column.name: getattr(pa, column.stored or "")() for column in schema.content}
+    vectors = {name: pa.list_(pa.field("element", kind, nullable=False)) for name, kind in kinds.items()}
+    fields += [pa.field(name, kind, nullable=False) for name, kind in vectors.items()]
     for column in schema.sparse:
         fields.append(pa.field(column.name, _IDS if column.is_multi_valued else pa.int32(), nullable=False))
         if column.weights_name is not None:

@@ -117,12 +117,12 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
             for name, split in splits.items()
         },
         dense={
-            name: DenseSummary(
-                dataset.manifest.dense[name].transform,
-                {split_name: split.missing_rate(name) for split_name, split in splits.items()},
-                {split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()},
+            column.name: DenseSummary(
+                f"{column.transform}, {column.size} numbers" if column.size else column.transform,
+                {split_name: split.missing_rate(column.name) for split_name, split in splits.items()},
+                {split_name: split.drift.get(column.name, 0.0) for split_name, split in splits.items()},
             )
-            for name in dataset.dense_names
+            for column in (*dataset.schema.dense, *dataset.schema.content)
         },
         sparse=sparse,
     )

@@ -92,6 +92,11 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     if bundle.manifest.model_class is not None:
         msg = f"{bundle.path}: has no graph: its model class is Python; torch.onnx.export may know how to trace it"
         raise BundleError(msg)
+    if bundle.schema.content:
+        msg = (
+            f"{bundle.path}: has no graph: nothing says yet how to write its vectors ({bundle.schema.content[0].name})"
+        )
+        raise BundleError(msg)
     recalibration = bundle.manifest.recalibration
     if recalibration is not None and (recalibration.method != "platt" or recalibration.by is not None):
         msg = f"{bundle.path}: recalibrated by {recalibration}, and a graph knows platt alone, the same for all rows"

@@ -90,6 +90,7 @@ def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) ->
     config, ours = run.config.model, [table_weight(name) for name in dataset.table_rows]
     unlike = {
         "a model class": run.model_class is not None,
+        "vectors": bool(dataset.schema.content),
         "smaller tables (model.features)": bool(config.features),
         "a cross net with gates (model.dcn.gated)": config.dcn.gated,
         "a table that columns share": form == "dlrm" and len(ours) < len(dataset.sparse_names),

@@ -8,6 +8,7 @@ with a bad cell, are written out and read as text, which finds the cell and says
 | --- | --- | --- |
 | label | Int8 | 0 or 1, true or false; with a threshold any number; or the values that the schema names |
 | dense, sparse | that of its kind | as `torchdlrm.features.kinds` says |
+| dense, a vector | List of Float32 | as `torchdlrm.features.vectors` says |
 | sparse, several values | List of that | the values between separators; empty ones are left out |
 | the same with weights | List of structs, value and weight (Float32) | VALUE or VALUE:WEIGHT, of which 1 is left out |
 | weight | Float32 | a number of at least 0; never missing |
@@ -40,6 +41,7 @@ from torchdlrm.features.casts import (
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn, TimeColumn, WeightColumn
 from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vectors import is_vector, typed_vectors
 from torchdlrm.features.vocabulary import MAX_ID
 
 # What is wrong, and in which rows.
@@ -76,7 +78,7 @@ def to_typed_columns(
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
     """
     dtypes = cells.schema
-    others = [column for column in schema.used if not _is_text(dtypes[column.name])]
+    others = [column for column in schema.used if not (_is_text(dtypes[column.name]) or is_vector(column))]
     typed: dict[str, pl.Series] = {}
     for column in others:
         values = _typed_directly(cells[column.name], column, is_label_optional=is_label_optional)
@@ -105,7 +107,7 @@ def _read_texts(
     if any(column.null_values for column in columns):
         plain_texts = [column for column in columns if column.null_values and text[column.name].dtype == pl.String]
         text = text.with_columns(map(without_null_texts, plain_texts))
-    plain = [column for column in columns if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
+    plain = [column for column in columns if not (isinstance(column, Feature) and column.is_multi_valued)]
     clean: set[str] = set()
     if text.height > _FEW_ROWS:
         typed = text.select(cast_text(column) for column in plain).to_dict()
@@ -117,7 +119,6 @@ def _read_texts(
             continue
         values = typed.get(column.name)
         if values is None:
-            assert isinstance(column, SparseColumn), "other columns have one value a row"
             values, faults = _typed_lists(text[column.name], column)
         else:
             if isinstance(column, LabelColumn) and column.positive is None and values.null_count():
@@ -283,13 +284,17 @@ def _as_text(cell: object, column: Column) -> str:
     return "" if cell is None else str(cell)
 
 
-def _typed_lists(cells: pl.Series, column: SparseColumn) -> tuple[pl.Series, list[_Fault]]:
+def _typed_lists(cells: pl.Series, column: Column) -> tuple[pl.Series, list[_Fault]]:
     """Lists of typed values, null where the cell is missing; and what is wrong with some.
 
     Args:
         cells: text that separators cut, or lists: of text, of numbers, or of structs of a value and its weight.
         column: of several values.
     """
+    if is_vector(column):
+        vectors, is_bad = typed_vectors(cells, column)
+        return vectors, [(column.kind, is_bad)] if is_bad.any() else []
+    assert isinstance(column, SparseColumn), "other columns have one value a row"
     flat, num_rows = _values_of_lists(cells, column), len(cells)
     values = flat["value"]
     bad: pl.Series | None

@@ -4,14 +4,14 @@ Out: the columns that a `torchdlrm.features.schema.FeatureSchema` is made of; do
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import polars as pl
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from torchdlrm.features.buckets import Buckets
 from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
-from torchdlrm.features.transforms import TransformName
+from torchdlrm.features.transforms import TRANSFORMS, VECTOR_TRANSFORMS, TransformName
 
 _BUCKET_SUFFIX = "_bucket"
 _WEIGHTS_SUFFIX = "_weights"
@@ -94,7 +94,7 @@ class _FeatureColumn(_Column):
     @property
     def is_multi_valued(self) -> bool:
         """Whether a cell holds a list of values."""
-        return False
+        return self.kind == "vector"
 
     @property
     def value_kind(self) -> ValueKind:
@@ -122,18 +122,34 @@ class DenseColumn(_FeatureColumn):
     """A number, `float` or `int` of 64 bits; `torchdlrm.features.transforms` says what becomes of it.
 
     With `buckets` it is a sparse feature as well, NAME_bucket; `min_count`, `max_embeddings` and `hash` are of that.
+    Of kind `vector` it holds `size` numbers, which a dataset has as `stored` (`torchdlrm.features.vectors`).
     """
 
     role: Literal["dense"] = "dense"
     kind: DenseKindName = "float"
     transform: TransformName = "log_plus_3"
+    size: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    stored: Literal["float16", "float32"] | None = None
     buckets: Buckets | None = None
     min_count: MinCount | None = None
     max_embeddings: MaxEmbeddings = None
     hash: HashSize | None = None
+    weight_separator: ClassVar[None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_vector(cls, given: Any) -> Any:
+        is_vector = isinstance(given, dict) and given.get("kind") == "vector"
+        return {"transform": "unit", "stored": "float16", **given} if is_vector else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.is_multi_valued == (self.size is None):
+            raise ValueError("kind vector and size, how many numbers each cell has, go together")
+        allowed, other = (VECTOR_TRANSFORMS, "buckets") if self.is_multi_valued else (TRANSFORMS, "stored")
+        if self.transform not in allowed or getattr(self, other) is not None:
+            msg = f"kind {self.kind} goes without {other}, and with the transform {' or '.join(allowed)}"
+            raise ValueError(msg)
         if self.buckets is None:
             given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
             if given:
@@ -284,6 +300,7 @@ class BucketFeature(SparseColumn):
 @cache
 def bucket_feature(column: DenseColumn) -> BucketFeature:
     """The sparse feature that the buckets of a dense column are."""
+    assert column.kind != "vector", "a vector has none"
     return BucketFeature(
         name=column.name + _BUCKET_SUFFIX,
         kind=column.kind,

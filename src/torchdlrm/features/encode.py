@@ -14,6 +14,7 @@ from torchdlrm.features.kinds import map_lists
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
+from torchdlrm.features.vectors import encode_vectors
 
 _FEW_ROWS = 4_096
 
@@ -40,10 +41,11 @@ def encode(
         vocabularies: the vocabulary of each sparse column that is not hashed.
 
     Returns:
-        Float32 dense columns and Int32 sparse columns (lists of it where a row has several values; where these have
-        weights, lists of Float32 follow) in the order of the schema, B rows.
+        Float32 dense columns, vectors as lists of their stored type, and Int32 sparse columns (lists of it where a row
+        has several values; where these have weights, lists of Float32 follow) in the order of the schema, B rows.
     """
     columns = list(encode_dense(frame, dense).iter_columns())
+    columns += [encode_vectors(frame[column.name], column) for column in schema.content]
     for column in schema.sparse:
         values = frame[column.raw_name]
         columns.append(encode_sparse(values, column, vocabularies.get(column.name)))

@@ -271,6 +271,14 @@ class _String(ValueKind):
         return cell
 
 
+class _Vector(ValueKind):
+    """`torchdlrm.features.vectors` reads them."""
+
+    name, dtype, datatype = "vector", pl.Float32, "FP32"
+    fault, expected = "the cell is not a list of `size` finite numbers", "a list of finite numbers"
+    openapi: ClassVar = {"type": "array", "items": {"type": "number"}}
+
+
 def _cast_good(numbers: pl.Series, bad: pl.Series, dtype: type[pl.DataType]) -> tuple[pl.Series, pl.Series | None]:
     return numbers.cast(dtype, strict=False), bad.fill_null(value=False) if bad.any() else None
 
@@ -294,6 +302,6 @@ def hex_digits(values: pl.Series) -> pl.Series:
 
 
 INT, ID, FLOAT, HEX, STRING = _Int(), _Id(), _Float(), _Hex(), _String()
-KINDS: dict[str, ValueKind] = {kind.name: kind for kind in (INT, ID, FLOAT, HEX, STRING)}
-DenseKindName = Literal["int", "float"]
+KINDS: dict[str, ValueKind] = {kind.name: kind for kind in (INT, ID, FLOAT, HEX, STRING, _Vector())}
+DenseKindName = Literal["int", "float", "vector"]
 SparseKindName = Literal["string", "int", "id", "hex", "float"]

@@ -182,8 +182,13 @@ class FeatureSchema(Frozen):
 
     @property
     def dense(self) -> tuple[DenseColumn, ...]:
-        """The dense columns, in the order of the file."""
-        return tuple(column for column in self.columns if isinstance(column, DenseColumn))
+        """The dense columns that hold a number, in the order of the file."""
+        return tuple(column for column in self.columns if isinstance(column, DenseColumn) and column.size is None)
+
+    @property
+    def content(self) -> tuple[DenseColumn, ...]:
+        """The dense columns that hold a vector, in the order of the file."""
+        return tuple(column for column in self.columns if isinstance(column, DenseColumn) and column.size is not None)
 
     @property
     def sparse_columns(self) -> tuple[SparseColumn, ...]:
@@ -198,14 +203,14 @@ class FeatureSchema(Frozen):
 
     @property
     def features(self) -> tuple[Feature, ...]:
-        """The columns of a raw row that a model reads: the dense ones, then the sparse ones."""
-        return (*self.dense, *self.sparse_columns)
+        """The columns of a raw row that a model reads: the dense ones, numbers first, then the sparse ones."""
+        return (*self.dense, *self.content, *self.sparse_columns)
 
     @property
     def encoded_names(self) -> tuple[str, ...]:
         """The columns of encoded rows: the dense ones, then those of each sparse feature."""
         sparse = (name for feature in self.sparse for name in feature.encoded_names)
-        return (*(column.name for column in self.dense), *sparse)
+        return (*(column.name for column in (*self.dense, *self.content)), *sparse)
 
     @property
     def has_value_weights(self) -> bool:

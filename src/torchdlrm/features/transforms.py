@@ -232,7 +232,8 @@ class Unchanged(_Linear):
 
 
 FittedDense = Annotated[LogPlus3 | Log1p | Standardize | Unchanged, Field(discriminator="transform")]
-TransformName = Literal["log_plus_3", "log1p", "standardize", "none"]
+TransformName = Literal["log_plus_3", "log1p", "standardize", "none", "unit"]
+VECTOR_TRANSFORMS = ("unit", "none")  # see `torchdlrm.features.vectors`
 TRANSFORMS: dict[str, type[DenseTransform]] = {
     transform.model_fields["transform"].default: transform for transform in (LogPlus3, Log1p, Standardize, Unchanged)
 }

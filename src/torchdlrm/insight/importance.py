@@ -89,7 +89,7 @@ def importance(
         listener.start_phase("importance", frame.height * len(compared))
 
         def judged(columns: Sequence[str]) -> Iterator[Judged]:
-            encoded = [column.name for column in schema.dense if column.name in columns]
+            encoded = [column.name for column in (*schema.dense, *schema.content) if column.name in columns]
             encoded += [name for of in schema.sparse if of.raw_name in columns for name in of.encoded_names]
             permuted = frame.with_columns(frame[name].gather(order) for name in encoded)
             yield Judged.of(labels, model.logits(EncodedRows.from_frame(permuted, schema)), *weights)

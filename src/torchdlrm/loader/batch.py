@@ -32,7 +32,7 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
     its dense features and its label are 0. `DLRMTrain` leaves it out of the loss and of what it predicts.
 
     Attributes:
-        dense_features: float32 [B, num_dense_features].
+        dense_features: float32 [B, num_dense_features], and behind them the vectors of each column that has some.
         sparse_features: KJT of F keys in schema order, values int64, stride B.
         labels: float32 [B]; of L labels that are learnt together [B, L].
         row_weights: float32 [B], 0 for padding: how much each row counts in the loss and in metrics; None where the

@@ -144,7 +144,8 @@ class Loader:
             for _, everyone in batches:
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
                 num_padding = num_padding_rows(everyone, rank=self._rank, world_size=self._world_size)
-                sizes = {"num_labels": self._reader.num_labels, "num_dense": self._reader.num_dense}
+                num_dense = self._reader.num_dense + sum(self._reader.vector_sizes)
+                sizes = {"num_labels": self._reader.num_labels, "num_dense": num_dense}
                 batch = stream.read(mine, **sizes, num_padding=num_padding)
                 batch.loss_weight = len(mine) * self._world_size / len(everyone)
                 yield batch.pin_memory() if self._pin_memory else batch
@@ -174,7 +175,7 @@ class _RowStream:
         Args:
             rows: of the stream.
             num_labels: that are learnt.
-            num_dense: number of dense features.
+            num_dense: number of dense features, and of numbers of vectors.
             num_padding: rows of zeros and without ids behind them; with them they are B.
         """
         num_rows = len(rows) + num_padding
@@ -187,6 +188,10 @@ class _RowStream:
             labels[target] = group.labels[source]
             for column, values in enumerate(group.dense):
                 dense[target, column] = values[source]
+            begin = len(group.dense)
+            for vectors in group.vectors:
+                end = begin + vectors.shape[1]
+                dense[target, begin:end], begin = vectors[source], end
             if group.row_weights is not None:
                 row_weights_B = np.zeros(num_rows, np.float32) if row_weights_B is None else row_weights_B
                 row_weights_B[target] = group.row_weights[source]

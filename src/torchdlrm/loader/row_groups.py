@@ -94,12 +94,14 @@ class Columns:
         dense: float32 [n] for each dense feature.
         ids: of each sparse feature.
         row_weights: float32 [n]; None where rows have none.
+        vectors: floats [n, size] of each column of vectors.
     """
 
     labels: NDArray[Any]
     dense: Sequence[NDArray[np.float32]]
     ids: Sequence[IdColumn]
     row_weights: NDArray[np.float32] | None = None
+    vectors: Sequence[NDArray[Any]] = ()
 
     def of_keys(self, sources: Sequence[tuple[int, FeatureTable]]) -> "Columns":
         """The same rows with a column of ids for each key; from `features.tables.sources`."""
@@ -132,6 +134,7 @@ class RowGroupReader:
     Attributes:
         row_groups: in the order of the files.
         num_dense: number of dense features.
+        vector_sizes: numbers of a vector of each column that has some.
         feature_names: of the sparse features.
         num_labels: L, labels that are learnt.
         has_row_weights: whether rows have weights.
@@ -147,6 +150,7 @@ class RowGroupReader:
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
         self.num_labels = len(dataset.schema.learnt)
+        self.vector_sizes = [column.size or 0 for column in dataset.schema.content]
         self.has_row_weights = dataset.weight_name is not None
         self.has_weights = tuple(feature.weights_name is not None for feature in dataset.schema.sparse)
         self.row_groups = [
@@ -204,6 +208,8 @@ class RowGroupReader:
                 IdColumn.of(*(table.column(name) for name in feature.encoded_names))
                 for feature in self._dataset.schema.sparse
             ]
+            lists = [_one_array(table.column(column.name)) for column in self._dataset.schema.content]
+            vectors = [found.flatten().to_numpy().reshape(where.rows, -1) for found in lists]
         except ValueError as error:
             msg = f"{path}: row group {where.group_index}: {error}; run dlrm preprocess again"
             raise DatasetError(msg) from error
@@ -213,6 +219,7 @@ class RowGroupReader:
             [numbers(name) for name in self._dataset.dense_names],
             ids,
             None if self._dataset.weight_name is None else numbers(self._dataset.weight_name),
+            vectors,
         )
         # Checksums hold only what preprocessing wrote, and files may come from elsewhere. FBGEMM would read and write
         # past the end of the table: a crash, or worse, none. 26 columns of a row group take less than a millisecond.

@@ -281,9 +281,10 @@ class _Layout:
     def __init__(self, reader: RowGroupReader) -> None:
         self._reader = reader
         most_rows = max(group.rows for group in reader.row_groups)
-        # Labels, weights if there are some, and dense features; then ids, and offsets and weights of those in lists.
-        self._num_floats = 1 + reader.has_row_weights + reader.num_dense
-        lengths = [most_rows * reader.num_labels, *[most_rows] * (self._num_floats - 1)]
+        # Labels, weights if there are some, dense features, vectors; then ids, offsets and weights of those in lists.
+        numbers_a_row = [reader.num_labels, *[1] * (reader.has_row_weights + reader.num_dense), *reader.vector_sizes]
+        lengths = [most_rows * numbers for numbers in numbers_a_row]
+        self._num_floats = len(lengths)
         self._kinds = [*zip(reader.most_ids(), reader.has_weights, strict=True)]
         for most, has_weights in self._kinds:
             lengths += [most_rows] if most is None else [most, most_rows + 1, *[most] * has_weights]
@@ -300,6 +301,7 @@ class _Layout:
         labels, row_weights = next(arrays), next(arrays) if self._reader.has_row_weights else None
         labels = labels if self._reader.num_labels == 1 else labels.reshape(-1, self._reader.num_labels)
         dense = list(islice(arrays, self._reader.num_dense))
+        vectors = [next(arrays).reshape(-1, size) for size in self._reader.vector_sizes]
         ids = [
             IdColumn(
                 next(arrays),
@@ -308,7 +310,7 @@ class _Layout:
             )
             for most, has_weights in self._kinds
         ]
-        return _Slot(Columns(labels, dense, ids, row_weights))
+        return _Slot(Columns(labels, dense, ids, row_weights, vectors))
 
 
 def _aligned_bytes(num_elements: int) -> int:
@@ -339,10 +341,15 @@ class _Slot(NamedTuple):
                 for column in self.columns.ids
             ],
             None if row_weights is None else row_weights[:num_rows],
+            [vectors[:num_rows] for vectors in self.columns.vectors],
         )
 
 
 def _arrays(columns: Columns) -> list[NDArray[Any]]:
     """Of a row group, in the order of a slot."""
     ids = [part for column in columns.ids for part in (column.values, column.offsets, column.weights)]
-    return [part for part in (columns.labels, columns.row_weights, *columns.dense, *ids) if part is not None]
+    return [
+        part
+        for part in (columns.labels, columns.row_weights, *columns.dense, *columns.vectors, *ids)
+        if part is not None
+    ]

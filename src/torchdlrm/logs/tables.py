@@ -23,7 +23,7 @@ import pyarrow as pa
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
-from torchdlrm.features.columns import Column, SparseColumn
+from torchdlrm.features.columns import Column, Feature
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile, reading
 from torchdlrm.logs.format import NUM_PLACES, Chunk, LogFormat, OpenLog, ParsedChunk, SampledRows, found_by_name
@@ -195,10 +195,10 @@ def type_fault(arrow_type: pa.DataType, column: Column, kind: str) -> str | None
     """What is wrong with the type of a column; None: nothing."""
     value_type = arrow_type
     if any(is_list(arrow_type) for is_list in _LIST_TYPES):
-        if not (isinstance(column, SparseColumn) and column.is_multi_valued):
+        if not (isinstance(column, Feature) and column.is_multi_valued):
             return (
                 f"  column {column.log_name}: holds lists, and the schema has one value a row; "
-                'give the column a value_separator = "," to take all values'
+                'give the column a value_separator = "," to take all values, or kind = "vector" of some size'
             )
         value_type = arrow_type.value_type
         if pa.types.is_struct(value_type) and column.weight_separator is not None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.errors import BundleError
+from torchdlrm.features.columns import DenseColumn
 from torchdlrm.features.tables import Feature, FeatureTable, Table, check_features, feature_tables, sparse_features
 from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights
@@ -150,7 +151,9 @@ class BuiltInArchitecture(Architecture):
 
             heads = HEADS[shape.config.heads.kind]
             over = heads.products(over_in, shape.config.over_arch_layer_sizes, shape.num_labels, shape.config.heads)
-        return (replace(first, num_gradients=1), *dense, *products, *over)  # the first one's inputs are data
+        vectors = ((column.size or 0, shape.config.embedding_dim) for column in shape.content)
+        content = [Product(1, *sizes, num_gradients=1) for sizes in vectors]
+        return (replace(first, num_gradients=1), *dense, *content, *products, *over)  # the first one's inputs are data
 
     def num_activations(self, shape: "ModelShape") -> int:
         """The products' factors, and the dense vector, whose copy among the others is a factor."""
@@ -175,11 +178,12 @@ class ModelShape:
     Attributes:
         config: sizes that a run chooses.
         num_dense: number of dense features of the data, may be 0.
-        num_sparse: F.
+        num_sparse: F; of a dataset with vectors, these count too.
         given_architecture: how the vectors interact, where it is not as the config says.
         is_weighted: whether ids have weights, by which their embeddings are multiplied before they are summed.
         known_features: the sparse features, in the order of the schema, where they are known.
         labels: the names of those that are learnt, in the order of the logits; empty where it is one without a name.
+        content: the columns of vectors, which stand behind the dense features.
     """
 
     config: ModelConfig
@@ -189,6 +193,7 @@ class ModelShape:
     is_weighted: bool = False
     known_features: tuple[Feature, ...] = ()
     labels: tuple[str, ...] = ()
+    content: tuple[DenseColumn, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
@@ -202,11 +207,12 @@ class ModelShape:
         return cls(
             config,
             len(dataset.dense_names),
-            len(features),
+            len(features) + len(dataset.schema.content),
             architecture,
             is_weighted=dataset.schema.has_value_weights,
             known_features=features,
             labels=tuple(column.name for column in dataset.schema.learnt),
+            content=dataset.schema.content,
         )
 
     @property
@@ -228,6 +234,11 @@ class ModelShape:
     def tables(self) -> list[FeatureTable]:
         """What is looked up for the features, key by key."""
         return feature_tables(self.config, self.features, self.architecture.tables(self.features))
+
+    @property
+    def num_inputs(self) -> int:
+        """Numbers of a row besides ids: the dense features, and behind them the vectors."""
+        return self.num_dense + sum(column.size or 0 for column in self.content)
 
     @property
     def flat_size(self) -> int:
@@ -276,4 +287,5 @@ class ModelShape:
             "dense_arch_layer_sizes": list(self.config.dense_arch_layer_sizes),
             "over_arch_layer_sizes": list(self.config.over_arch_layer_sizes),
             **settings,
+            **({"content": {column.name: column.size for column in self.content}} if self.content else {}),
         }

@@ -20,6 +20,8 @@ from torchdlrm.model.dcn import InteractionDCNArch, LowRankCrossNet
 from torchdlrm.model.dot import InteractionArch, dot_output_size
 from torchdlrm.model.projection import InteractionProjectionArch
 
+_VECTOR_SCALE = 0.4
+
 
 @fx.wrap
 def stack_embeddings(embeddings: KeyedTensor, feature_names: list[str], embedding_dim: int) -> Tensor:
@@ -182,6 +184,28 @@ class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
         return super().forward(features.new_ones(features.shape[0], 1))
 
 
+class VectorArch(nn.Linear):
+    """Maps vectors of content, as of a text or a picture, to D; a learnt vector stands for a missing one, all zeros.
+
+    An output begins with about the scale of an embedding where the numbers of the input have the scale of 1.
+
+    Args:
+        size: of a vector.
+        embedding_dim: D.
+        device: where to create the weights.
+    """
+
+    def __init__(self, size: int, embedding_dim: int, device: torch.device | None = None) -> None:
+        super().__init__(size, embedding_dim, device=device)
+        nn.init.uniform_(self.weight, -_VECTOR_SCALE / size**0.5, _VECTOR_SCALE / size**0.5)
+        nn.init.zeros_(self.bias)
+        self.missing = nn.Parameter(torch.zeros(embedding_dim, device=device))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Maps [B, size] to [B, D]."""
+        return torch.where((input == 0).all(dim=1, keepdim=True), self.missing, super().forward(input))
+
+
 class DLRM(nn.Module):
     """Dense arch and sparse arch, their interaction, and the over arch that turns it into a logit.
 
@@ -193,6 +217,7 @@ class DLRM(nn.Module):
         dense_arch_layer_sizes: output sizes of the dense arch's layers; the last is D.
         over_arch_layer_sizes: output sizes of the over arch's layers; the last is 1.
         dense_device: where to create everything but the tables.
+        content: how many numbers the vectors of each column of content have, which stand behind the dense features.
 
     Raises:
         ValueError: there are no tables, they differ in dimension, or the dense arch does not end with it.
@@ -211,6 +236,7 @@ class DLRM(nn.Module):
         dense_arch_layer_sizes: list[int],
         over_arch_layer_sizes: list[int],
         dense_device: torch.device | None = None,
+        content: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         dims = {table.vector_dim for table in tables_of(embedding_bag_collection) if table.is_vector}
@@ -223,7 +249,11 @@ class DLRM(nn.Module):
             if dense_in_features
             else ConstantArch(dense_arch_layer_sizes, device=dense_device)
         )
-        self.inter_arch, over_in_features = self.make_interaction(self.sparse_arch.F, self.sparse_arch.D)
+        self._num_dense, dim = dense_in_features, self.sparse_arch.D
+        # With a prefix: a column may be called as an attribute is.
+        vectors = {f"v_{name}": VectorArch(size, dim, dense_device) for name, size in (content or {}).items()}
+        self.content_arch = nn.ModuleDict(vectors)
+        self.inter_arch, over_in_features = self.make_interaction(self.sparse_arch.F + len(vectors), dim)
         if dense_device is not None:
             self.inter_arch.to(dense_device)
         self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
@@ -241,6 +271,18 @@ class DLRM(nn.Module):
         """
         return InteractionArch(num_sparse_features), dot_output_size(num_sparse_features, embedding_dim)
 
+    def vectors(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        """What interacts: [B, D] of the dense features, and [B, F, D] of the sparse ones, behind them of content."""
+        if not self.content_arch:
+            return self.dense_arch(dense_features), self.sparse_arch(sparse_features)
+        vectors, begin = [self.sparse_arch(sparse_features)], self._num_dense
+        for arch in self.content_arch.values():
+            assert isinstance(arch, VectorArch), "as it was made"
+            end = begin + arch.in_features
+            vectors.append(arch(dense_features[:, begin:end]).unsqueeze(1))
+            begin = end
+        return self.dense_arch(dense_features[:, : self._num_dense]), torch.cat(vectors, dim=1)
+
     def compile_dense_path(self, compile_mode: str = "reduce-overhead") -> None:
         """Let `torch.compile` make of each arch but the sparse one what runs as a CUDA graph; once, on the GPU.
 
@@ -256,8 +298,7 @@ class DLRM(nn.Module):
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Maps [B, dense_in_features] and a KJT of F keys and stride B to logits [B, 1]."""
-        dense_BD = self.dense_arch(dense_features)
-        sparse_BFD = self.sparse_arch(sparse_features)
+        dense_BD, sparse_BFD = self.vectors(dense_features, sparse_features)
         interactions = self.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD)
         return self.over_arch(interactions)
 
@@ -282,13 +323,15 @@ class DLRM_DCN(DLRM):  # noqa: N801 - TorchRec's name
         dcn_num_layers: int,
         dcn_low_rank_dim: int,
         dense_device: torch.device | None = None,
+        content: Mapping[str, int] | None = None,
         *,
         gated: bool = False,
     ) -> None:
         # Read by `make_interaction`, which the constructor below calls.
         self.dcn_num_layers, self.dcn_low_rank_dim, self.gated = dcn_num_layers, dcn_low_rank_dim, gated
         super().__init__(
-            embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device
+            *(embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device),
+            content,
         )
 
     def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
@@ -320,11 +363,13 @@ class DLRM_Projection(DLRM):  # noqa: N801 - TorchRec's name
         interaction_branch1_layer_sizes: list[int],
         interaction_branch2_layer_sizes: list[int],
         dense_device: torch.device | None = None,
+        content: Mapping[str, int] | None = None,
     ) -> None:
         # Read by `make_interaction`, which the constructor below calls.
         self.branch_layer_sizes = interaction_branch1_layer_sizes, interaction_branch2_layer_sizes
         super().__init__(
-            embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device
+            *(embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device),
+            content,
         )
 
     def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:

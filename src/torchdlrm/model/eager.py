@@ -75,7 +75,7 @@ class EagerModel:
     def __init__(self, shape: ModelShape, device: torch.device | None = None) -> None:
         self.module = build_model(shape, device or torch.device("cpu")).model.eval()
         self.weight_shapes = {name: tuple(weight.shape) for name, weight in self.module.state_dict().items()}
-        self.tables, self._num_dense, self._num_labels = shape.tables, shape.num_dense, shape.num_labels
+        self.tables, self._num_inputs, self._num_labels = shape.tables, shape.num_inputs, shape.num_labels
         self._given = _take_the_place_of_tables(self.module)
 
     def logits(
@@ -89,7 +89,7 @@ class EagerModel:
         """The log-odds of a click of each row: [B]; of L labels [B, L].
 
         Args:
-            dense: float32 [B, num_dense].
+            dense: float32 [B, num_inputs].
             ids: of all rows, table by table.
             lengths: how many ids each row has: [T * B], table by table.
             pooled: the sums of each table's rows, [B, sum of their dimensions]; or [B, F, D] where all are alike.
@@ -139,7 +139,7 @@ class EagerModel:
             if isinstance(module, nn.Linear)
         ]
         ones = torch.ones(len(self.tables), dtype=torch.int32)
-        dense = torch.zeros(1, self._num_dense, requires_grad=True)
+        dense = torch.zeros(1, self._num_inputs, requires_grad=True)
         pooled = torch.zeros(1, sum(table.dim for table in self.tables), requires_grad=True)
         try:
             with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -195,7 +195,7 @@ def trace_products(shape: ModelShape) -> tuple[Product, ...]:
         num_tables = len(model.tables)
         with _Products() as products:
             model.logits(
-                torch.zeros(_TRACED_ROWS, shape.num_dense),
+                torch.zeros(_TRACED_ROWS, shape.num_inputs),
                 torch.zeros(_TRACED_ROWS * num_tables, dtype=torch.int64),
                 torch.ones(_TRACED_ROWS * num_tables, dtype=torch.int32),
                 torch.zeros(_TRACED_ROWS, sum(table.dim for table in model.tables)),
@@ -248,7 +248,7 @@ class _Trial:
         ids = torch.zeros(len(keys) * num_rows, dtype=torch.int64)
         weights = torch.ones(len(ids)) if self._shape.is_weighted else None
         features = KeyedJaggedTensor(keys, ids, weights, lengths=lengths)
-        dense, embeddings = torch.rand(_TRIAL_ROWS, self._shape.num_dense), torch.rand(_TRIAL_ROWS, sum(dims)) - 0.5
+        dense, embeddings = torch.rand(_TRIAL_ROWS, self._shape.num_inputs), torch.rand(_TRIAL_ROWS, sum(dims)) - 0.5
         dense[num_rows:] = embeddings[num_rows:] = 0
         self._given.held[:] = [(features, KeyedTensor(keys, dims, embeddings.requires_grad_()))]
         labels = torch.ones(_TRIAL_ROWS, self._shape.num_labels).squeeze(1)

@@ -100,6 +100,10 @@ class CustomArchitecture(Architecture):
             EmbeddingCollection,
         )
 
+        taken = inspect.signature(self.make).parameters.values()
+        if shape.content and not self.is_interaction and not any(p.name == "content" or p.kind == 4 for p in taken):
+            msg = f"`model_class`: {self.record.name} takes no `content`, and the dataset has vectors (docs/models.md)"
+            raise ConfigError(msg)
         own, how = self._own_arguments(shape), {**shape.arguments, "dense_device": device}
         with _reported(self.record.name):
             model: Any = (

@@ -218,7 +218,7 @@ def _time_dense(
     model = EagerModel(shape, device)
     parameters = list(model.module.train().parameters())
     optimizer = dense_optimizer(config.dense_optimizer, parameters)
-    dense_rows = torch.rand(rows, shape.num_dense, device=device)
+    dense_rows = torch.rand(rows, shape.num_inputs, device=device)
     ids = torch.zeros(len(model.tables) * rows, dtype=torch.int32, device=device)
     with precision():
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

@@ -101,10 +101,11 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         model,
         # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
         NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
-        len(features),
+        len(features) + (0 if dataset is None else len(dataset.schema.content)),
         _architecture(request, config),
         is_weighted=dataset is not None and dataset.schema.has_value_weights,
         known_features=features,
+        content=() if dataset is None else dataset.schema.content,
     )
     shape.architecture.check(shape)
     multi_valued = {feature.name for feature in features if feature.is_multi_valued}

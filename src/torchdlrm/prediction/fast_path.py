@@ -11,6 +11,7 @@ Why: docs/decisions/a-row-has-a-fast-and-a-slow-path.md.
 | float | a finite JSON number |
 | hex | a text of 8 digits, or an empty one |
 | string | a text that is not too long |
+| vector | a list of finite JSON numbers |
 
 A cell that is one of the column's `null_values` is missing.
 
@@ -34,6 +35,7 @@ from torchdlrm.features.kinds import ValueKind
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hash_integers
+from torchdlrm.features.vectors import encoded_rows, plain_rows
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, Part, Row, cells_of, parts_of
 
 Vocabularies = Mapping[str, ServedVocabulary]
@@ -59,7 +61,7 @@ class PlainRowEncoder:
         vocabularies: Vocabularies,
     ) -> None:
         self._has_lists = any(column.is_multi_valued for column in schema.sparse)
-        self._num_dense, self._num_sparse = len(schema.dense), len(schema.sparse)
+        self._num_dense, self._num_sparse, self._content = len(schema.dense), len(schema.sparse), schema.content
         # A label is checked by the slow path; what else is no feature may stand in a row and is not read.
         self._names = frozenset(column.name for column in schema.columns if not isinstance(column, LabelColumn))
         alike_dense: dict[tuple[object, ...], list[int]] = {}
@@ -90,7 +92,8 @@ class PlainRowEncoder:
             for row in own:
                 if type(row) is not dict or not self._names.issuperset(row):
                     return None
-        dense_BD, filled = np.empty((len(rows), self._num_dense), np.float32), None
+        width = self._num_dense + sum(column.size or 0 for column in self._content)
+        dense_BD, filled = np.empty((len(rows), width), np.float32), None
         ids_FB = np.empty((self._num_sparse, len(rows)), np.int32)
         try:
             for group in self._dense:
@@ -98,6 +101,10 @@ class PlainRowEncoder:
                 if group.never_missing and is_missing is not None:
                     filled = np.zeros(dense_BD.shape, np.bool_) if filled is None else filled
                     filled[:, group.places] = is_missing.reshape(len(group.places), -1).T
+            vectors = [
+                encoded_rows(plain_rows(cells_of(parts, [column.name]), column), column) for column in self._content
+            ]
+            dense_BD[:, self._num_dense :] = np.concatenate(vectors, axis=1) if vectors else 0
             for features in self._sparse:
                 features.encode(parts, ids_FB)
         except (ValueError, OverflowError):

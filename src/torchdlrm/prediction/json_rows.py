@@ -31,6 +31,7 @@ from torchdlrm.features.cells import text_frame, to_typed_columns, typed_cells, 
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn
 from torchdlrm.features.kinds import FLOAT
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vectors import cells_of_json, is_vector
 
 MAX_CELL_CHARACTERS = 1 << 16  # or values, where the cell is a list
 _MISSING, _TEXT = type(None), {str, type(None)}
@@ -144,9 +145,9 @@ class RowReader:
         self._features = schema.features
         self._names = RowNames(schema)
         alike: dict[tuple[object, ...], list[Feature]] = {}
-        self._lists: list[SparseColumn] = []
+        self._lists: list[Feature] = []
         for column in self._features:
-            if isinstance(column, SparseColumn) and column.is_multi_valued:
+            if column.is_multi_valued:
                 self._lists.append(column)
             else:
                 alike.setdefault((column.role, column.kind, column.null_values), []).append(column)
@@ -198,7 +199,9 @@ class RowReader:
         cells = cells_of(parts, [column.name])
         bad_rows = BadRows()
         layout = self._schema.with_columns([column])
-        if isinstance(column, SparseColumn) and column.is_multi_valued:
+        if is_vector(column):
+            text = cells_of_json(cells, column).to_frame()
+        elif isinstance(column, SparseColumn) and column.is_multi_valued:
             lists = [_list(cell, column, i) for i, cell in enumerate(cells)]
             text = pl.DataFrame({column.name: lists}, schema={column.name: pl.List(pl.String)})
         else:

@@ -74,7 +74,7 @@ class Predictor:
         self._plain_rows = PlainRowEncoder(bundle.schema, bundle.dense, bundle.vocabularies)
         self._model = ServedModel(bundle)
         self._types: dict[str, tuple[object, ...]] = {
-            column.name: (pl.Int64, pl.Float64) if column.role == "dense" else (column.dtype,)
+            column.name: (pl.Int64, pl.Float64) if column in self.schema.dense else (column.dtype,)
             for column in self.schema.features
         }
         self.never_missing = {

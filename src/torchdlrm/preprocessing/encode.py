@@ -21,6 +21,7 @@ from torchdlrm.features.encode import encode_dense
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
+from torchdlrm.features.vectors import encode_vectors
 from torchdlrm.jobs.sections import Sections, as_table, write_sections
 from torchdlrm.jobs.work_folder import Result
 from torchdlrm.preprocessing.read import ChunkFile, smallest_type, stored_categories
@@ -150,6 +151,11 @@ def _encode_chunk(
         missing = frame[column.name].is_null().to_numpy()
         for split, here in rows_of_split.items():
             tallies[split].add_dense(column.name, bins[here], int(missing[here].sum()))
+    for vector in schema.content:
+        columns.append(encode_vectors(frame[vector.name], vector))
+        missing = frame[vector.name].is_null().to_numpy()
+        for split, here in rows_of_split.items():
+            tallies[split].missing_rows[vector.name] += int(missing[here].sum())
     looked_up = _looked_up(encoding, number)
     for about in schema.sparse:
         ids = np.concatenate(looked_up[about.name]) if about.has_vocabulary else _hashed(about, sections)

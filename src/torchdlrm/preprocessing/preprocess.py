@@ -24,7 +24,7 @@ from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
-from torchdlrm.preprocessing.sizing import JobSizing, check_disk, choose_sizing, tasks_that_fit
+from torchdlrm.preprocessing.sizing import JobSizing, check_disk, choose_sizing, part_rows, tasks_that_fit
 from torchdlrm.preprocessing.vocabularies import Period
 from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.storage import mirror
@@ -77,6 +77,7 @@ def preprocess(
     options, resources = options or PreprocessOptions(), resources or Resources()
     out = located(out)
     schema = schema if isinstance(schema, FeatureSchema) else load_schema(schema)
+    options = replace(options, part_rows=part_rows(schema, options.part_rows))
     given = [logs] if isinstance(logs, str | Path) else logs
     paths = [log if isinstance(log, LogFile) else located(log) for log in given]
     files = tuple(replace(file, path=file.path.resolve()) for file in find_files(paths))

@@ -75,7 +75,7 @@ def read_chunk(
     sections: dict[str, pa.Table] = {}
     rows = parsed.frame
     columns = [rows[name] for name in schema.stored_targets]
-    columns += [_shrunk(rows[column.name]) for column in schema.dense]
+    columns += [_shrunk(rows[column.name]) for column in (*schema.dense, *schema.content)]
     if schema.time is not None:
         sections["time"] = rows[schema.time.name].alias(TIME).to_frame().to_arrow()
     num_values, value_bytes, largest_ids = {}, {}, {}

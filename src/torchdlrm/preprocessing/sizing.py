@@ -18,7 +18,7 @@ from torchdlrm.units import show_bytes
 
 BYTES_A_VALUE = 100
 _MEMORY_A_TEXT_BYTE = 10
-_MEMORY_A_PART_BYTE = 2.6
+_MEMORY_A_PART_BYTE, _PART_BYTES = 2.6, 256 << 20  # the latter of parts with vectors
 _MEMORY_A_GROUP_BYTE = 2.6
 # What the work folder and the dataset hold at their largest, as a fraction of the text.
 _DISK_A_TEXT_BYTE = 1.0
@@ -46,7 +46,13 @@ class JobSizing:
 def bytes_a_row(schema: FeatureSchema) -> int:
     """What an encoded row takes in memory, lists counted as 8 values."""
     num_values = sum(8 if column.is_multi_valued else 1 for column in schema.sparse)
+    num_values += sum((column.size or 0) for column in schema.content)
     return 16 + 4 * (len(schema.dense) + num_values)
+
+
+def part_rows(schema: FeatureSchema, most: int) -> int:
+    """Most rows of a part: fewer where vectors make rows wide, whatever the memory."""
+    return min(most, _PART_BYTES // bytes_a_row(schema)) if schema.content else most
 
 
 def choose_sizing(

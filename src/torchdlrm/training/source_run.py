@@ -6,7 +6,7 @@ those of the old one; or it extends the old one and says which ids stand for ano
 datasets a piece at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,6 +196,7 @@ def _other_meanings(theirs: Dataset, ours: Dataset, *, extends: bool) -> Iterato
     """Features whose ids or dense values mean something else."""
     for kind, before, now in (
         ("dense features", theirs.dense_names, ours.dense_names),
+        ("vectors", *([f"{c.name}, {c.transform} of {c.size}" for c in of.schema.content] for of in (theirs, ours))),
         ("sparse features", theirs.sparse_names, ours.sparse_names),
     ):
         if before != now:
@@ -238,6 +239,6 @@ def _other_ids(theirs: Dataset, ours: Dataset, name: str, reset: npt.NDArray[np.
     )
 
 
-def _names(names: tuple[str, ...]) -> str:
+def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     return (", ".join(names[:_MAX_SHOWN]) or "none") + more

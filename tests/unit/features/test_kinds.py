@@ -17,6 +17,7 @@ VALUES = {
     "float": st.floats(allow_nan=False, allow_infinity=False),
     "hex": st.integers(0, 2**32 - 1),
     "string": st.text(),
+    "vector": st.floats(allow_nan=False, allow_infinity=False, width=32),  # one number of it
 }
 
 

@@ -43,7 +43,7 @@ rule = "order"
         (
             '"float"',
             '"flaot"',
-            "column 2 (price): kind: must be one of 'int', 'float', not 'flaot'; did you mean float?",
+            "column 2 (price): kind: must be one of 'int', 'float', 'vector', not 'flaot'; did you mean float?",
         ),
         (
             '"city"',

@@ -23,6 +23,7 @@ from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Column, Feature, SparseColumn
 from torchdlrm.features.kinds import FLOAT, ValueKind
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vectors import cells_of_json, is_vector
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import ParsedChunk, SampledRows, found_by_name
 from torchdlrm.logs.lines import BYTE_ORDER_MARK, MAX_ROW_BYTES, LineFormat, read_blocks, read_head
@@ -121,7 +122,7 @@ def _text_frame(
     columns = []
     for column, cells in zip(layout.used, zip(*rows, strict=True) if rows else [()] * len(names), strict=True):
         allowed: set[type] = set()
-        if isinstance(column, SparseColumn) and column.is_multi_valued:
+        if isinstance(column, Feature) and column.is_multi_valued:
             allowed = {list} if column.weight_separator is None else _NESTED
         refused = set(map(type, cells)) & (_NESTED - allowed)
         for i in [i for i, cell in enumerate(cells) if type(cell) in refused] if refused else []:
@@ -135,7 +136,9 @@ def _text_frame(
 
 
 def _text_column(cells: Sequence[Any], column: Column) -> pl.Series:
-    """Cells as a text log has them: String, or lists of it."""
+    """Cells as a text log has them: String, or lists of it; or of the numbers of vectors."""
+    if is_vector(column):
+        return cells_of_json(cells, column)
     if isinstance(column, SparseColumn) and column.is_multi_valued:
         return pl.Series(column.name, [_values(cell, column) for cell in cells], pl.List(pl.String))
     types = set(map(type, cells)) - {_MISSING}

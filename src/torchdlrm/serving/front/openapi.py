@@ -50,7 +50,7 @@ def _cell(column: Feature) -> Json:
         # A value may stand with its weight behind it, as a text.
         kinds += [{"type": "string"}, {"type": "array", "items": {"anyOf": [cell, {"type": "string"}]}}]
         kinds.append({"type": "object", "additionalProperties": {"type": "number"}})
-    elif column.is_multi_valued:
+    elif isinstance(column, SparseColumn) and column.is_multi_valued:
         kinds.append({"type": "array", "items": cell})
     return {"anyOf": kinds}
 

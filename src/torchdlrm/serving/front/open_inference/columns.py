@@ -8,6 +8,7 @@ Out: the rows; what was not sent is missing, and what a column's `null_values` n
 | dense | any number, NaN is missing; or BYTES, as a log writes it |
 | sparse int | integers, or BYTES |
 | sparse float | any number, NaN is missing; or BYTES |
+| dense vector | any numbers, [N, size], zeros for a missing one; or BYTES |
 | sparse hex | integers, which are the number itself, or BYTES, its digits |
 | sparse string, sparse with several values | BYTES |
 """
@@ -24,6 +25,7 @@ from torchdlrm.features.casts import without_null_values
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import DenseColumn, Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vectors import is_vector, typed_vectors
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
 from torchdlrm.prediction.predictor import Rows
 from torchdlrm.serving.front.open_inference.tensors import BYTES, Tensor, check_shape
@@ -40,8 +42,8 @@ def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, 
     inputs = [
         {
             "name": column.name,
-            "datatype": BYTES if column.is_multi_valued else column.value_kind.datatype,
-            "shape": [-1],
+            "datatype": BYTES if column.is_multi_valued and not is_vector(column) else column.value_kind.datatype,
+            "shape": [-1, column.size] if is_vector(column) else [-1],
         }
         for column in schema.features
     ]
@@ -86,8 +88,9 @@ class Inputs:
         datatype, sizes = check_shape(name, datatype, shape)
         check_num_rows(sizes[0], self._max_rows)
         if name in self._features:
-            if sizes[1:] not in {(), (1,)}:
-                msg = f"input {name!r}: a column has the shape [N] or [N, 1], not {list(sizes)}"
+            size = columns[0].size if is_vector(columns[0]) and datatype != BYTES else 1
+            if sizes[1:] != (size,) and (sizes[1:] or size != 1):
+                msg = f"input {name!r}: a column has the shape {'[N] or ' * (size == 1)}[N, {size}], not {list(sizes)}"
                 raise bad_request(msg)
         elif sizes[1:] != (len(columns),):
             msg = f"input {name!r}: the shape is [N, {len(columns)}], not {list(sizes)}"
@@ -186,6 +189,11 @@ def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Se
     """Return the typed columns of a tensor of numbers."""
     for column in columns:
         _check_takes_numbers(tensor, column)
+    if is_vector(columns[0]):
+        vectors, is_bad = typed_vectors(tensor.values.reshape((tensor.shape[0], columns[0].size or 1)), columns[0])
+        if is_bad.any():
+            raise _bad_cell(int(is_bad.argmax()), columns[0].name, columns[0].kind, "")
+        return {columns[0].name: vectors}
     num_columns = len(columns)
     if len({column.kind for column in columns}) == 1:  # cast as one: the cost of few rows is that of the casts
         parts = [(columns, tensor.values)]
