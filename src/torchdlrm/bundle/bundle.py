@@ -233,6 +233,7 @@ class Bundle:
             is_weighted=self.schema.has_value_weights,
             known_features=self.manifest.features,
             content=self.schema.content,
+            labels=tuple(label.name for label in self.schema.learnt),
         )
 
     @property
@@ -255,7 +256,7 @@ class Bundle:
             raise BundleError(str(error)) from error
 
     def sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
-        """Raw typed rows of the held-out rows, and the probabilities that this bundle must give for them [B].
+        """Raw typed rows of the held-out rows, and the probabilities that this bundle must give for them, by label.
 
         No rows where the sample has no checksum: only what was checked is read.
 
@@ -274,7 +275,8 @@ class Bundle:
         if record is None:
             return pl.DataFrame(schema=sample_types(self.schema)), np.empty(0, np.float32)
         frame = read_sample(path, self.schema, sha256=record.sha256)
-        return frame.drop(PREDICTION_COLUMN), frame[PREDICTION_COLUMN].to_numpy()
+        predictions = frame.select(own := self.schema.label_columns(PREDICTION_COLUMN)).to_numpy()
+        return frame.drop(own), predictions if len(own) > 1 else predictions[:, 0]
 
     def find_damage(self) -> BundleError | None:
         """What is wrong with files that are in use: they are mapped, so what is written to one changes predictions.

@@ -123,47 +123,55 @@ def compare(
     Raises:
         BundleError: they differ by more than is allowed.
     """
-    pieces: list[tuple[NDArray[np.floating], ...]] = []
+    pieces, targets = list[tuple[NDArray[np.floating], ...]](), list[pl.DataFrame]()
     for frame in frames:
         rows = EncodedRows.from_frame(frame, schema)
-        targets = [frame[name].to_numpy() for name in schema.target_names]
+        targets.append(frame.select(schema.target_names))
         before, after = checkpoint(rows), bundle(rows)
         expected = before if rounded is None else rounded(rows)
-        pieces.append((before, expected, after if in_float32 is None else in_float32(rows), after, *targets))
+        pieces.append((before, expected, after if in_float32 is None else in_float32(rows), after))
         progress.advance(frame.height)
-    before, expected, exact, after, labels, *weights = map(np.concatenate, zip(*pieces, strict=True))
-    agreement, of_rounding = Agreement.of(before, after), Agreement.of(before, expected)
+    logits = [schema.by_label(np.concatenate(path)) for path in zip(*pieces, strict=True)]
+    columns = {name: column.to_numpy() for name, column in pl.concat(targets).to_dict().items()}
+    weights = None if schema.weight is None else columns[schema.weight.name]
     dense: DensePrecision = "float32" if in_float32 is None else "bfloat16"
-    explained = of_rounding.largest_difference + of_arithmetic(dense).difference
-    record = CheckRecord(
-        split=split,
-        rows=len(labels),
-        largest_difference=agreement.largest_difference,
-        largest_allowed=min(explained, allowed.difference),
-        checkpoint=_judged(labels, before, *weights),
-        bundle=_judged(labels, after, *weights),
-    )
-    on_rows = f"on {len(labels):,} rows of {split}"
-    if problem := Agreement.of(expected, exact).problem(of_arithmetic("float32"), same_tables=True):
-        msg = (
-            f"the bundle predicts other than the checkpoint with the same embeddings {on_rows}: {problem}, where only "
-            "the order of additions differs; nothing was left behind. Export again"
+    records, agreements = dict[str, CheckRecord](), list[Agreement]()
+    for name, before, expected, exact, after in zip(logits[0], *(path.values() for path in logits), strict=True):
+        labels = columns[name]
+        agreement, of_rounding = Agreement.of(before, after), Agreement.of(before, expected)
+        explained = of_rounding.largest_difference + of_arithmetic(dense).difference
+        record = CheckRecord(
+            split=split,
+            rows=len(labels),
+            largest_difference=agreement.largest_difference,
+            largest_allowed=min(explained, allowed.difference),
+            checkpoint=_judged(labels, before, weights),
+            bundle=_judged(labels, after, weights),
         )
-        raise BundleError(msg)
-    if problem := agreement.problem(allowed, same_tables=False):
-        msg = f"the bundle predicts other than the checkpoint {on_rows}: {problem}; {_REMEDY}"
-        raise BundleError(msg)
-    if problem := Agreement.of(expected, after).problem(of_arithmetic(dense), same_tables=True):
-        msg = f"bfloat16 costs more than it may {on_rows}: {problem}; {_REMEDY}"
-        raise BundleError(msg)
-    increase = logloss_increase(labels, before, after, *weights)
-    if not increase.is_within(allowed.logloss_increase):
-        msg = (
-            f"the bundle's logloss on {len(labels):,} rows of {split} is {increase.mean:.6f} higher than the "
-            f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; {_REMEDY}"
-        )
-        raise BundleError(msg)
-    return record, agreement
+        on_rows = f"on {len(labels):,} rows of {split}{f', {name}' * (len(logits[0]) > 1)}"
+        if problem := Agreement.of(expected, exact).problem(of_arithmetic("float32"), same_tables=True):
+            msg = (
+                f"the bundle predicts other than the checkpoint with the same embeddings {on_rows}: {problem}, where "
+                "only the order of additions differs; nothing was left behind. Export again"
+            )
+            raise BundleError(msg)
+        if problem := agreement.problem(allowed, same_tables=False):
+            msg = f"the bundle predicts other than the checkpoint {on_rows}: {problem}; {_REMEDY}"
+            raise BundleError(msg)
+        if problem := Agreement.of(expected, after).problem(of_arithmetic(dense), same_tables=True):
+            msg = f"bfloat16 costs more than it may {on_rows}: {problem}; {_REMEDY}"
+            raise BundleError(msg)
+        increase = logloss_increase(labels, before, after, weights)
+        if not increase.is_within(allowed.logloss_increase):
+            msg = (
+                f"the bundle's logloss {on_rows} is {increase.mean:.6f} higher than the "
+                f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; {_REMEDY}"
+            )
+            raise BundleError(msg)
+        records[name] = record
+        agreements.append(agreement)
+    first, *others = records
+    return records[first].model_copy(update={"labels": {name: records[name] for name in others}}), agreements[0]
 
 
 @dataclass(frozen=True)
@@ -173,9 +181,14 @@ class LoglossIncrease:
     mean: float
     standard_error: float
 
+    @property
+    def least(self) -> float:
+        """What it is surely."""
+        return self.mean - _STANDARD_ERRORS * self.standard_error
+
     def is_within(self, allowed: float) -> bool:
         """Whether it is not surely higher than this."""
-        return self.mean - _STANDARD_ERRORS * self.standard_error <= allowed
+        return self.least <= allowed
 
 
 def logloss_increase(

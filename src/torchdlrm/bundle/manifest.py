@@ -31,7 +31,7 @@ from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
 _WITH_NEVER_MISSING, _WITH_IDS, WITH_RECALIBRATION, _WITH_SETTINGS = range(6, 10)
-FORMAT_VERSION = 10  # with vectors or histories
+FORMAT_VERSION = 10  # with vectors, histories or several labels
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -54,7 +54,7 @@ def oldest_version(
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
     needed = {
-        FORMAT_VERSION: has_groups or schema.content or schema.has_histories,
+        FORMAT_VERSION: has_groups or schema.content or schema.has_histories or len(schema.learnt) > 1,
         _WITH_SETTINGS: model.settings,
         _WITH_IDS: schema.has_ids,
         _WITH_NEVER_MISSING: has_never_missing,
@@ -238,6 +238,7 @@ class CheckRecord(Frozen):
         largest_allowed: what rounding the embeddings did on these rows, and what the arithmetic may do.
         checkpoint: by the eager float32 model.
         bundle: as served.
+        labels: the same of every label but the first, by its name.
     """
 
     split: str
@@ -246,6 +247,7 @@ class CheckRecord(Frozen):
     largest_allowed: float
     checkpoint: PredictionRecord
     bundle: PredictionRecord
+    labels: dict[str, "CheckRecord"] = Field({}, exclude_if=lambda labels: not labels)
 
 
 class BundleManifest(SealedJson):

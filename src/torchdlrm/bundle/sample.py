@@ -42,12 +42,13 @@ def sample_types(schema: FeatureSchema) -> dict[str, pl.DataType]:
 
 
 def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFrame:
-    """What a bundle's sample, a regular file, holds: the features and `prediction`, of at most 1,024 rows.
+    """What a bundle's sample, a regular file, holds: the features and `prediction`s, of at most 1,024 rows.
 
     Raises:
         BundleError: it holds something else.
     """
-    expected = {**sample_types(schema), PREDICTION_COLUMN: pl.Float32()}
+    own = schema.label_columns(PREDICTION_COLUMN)
+    expected = sample_types(schema) | dict.fromkeys(own, pl.Float32())
     try:
         size_bytes = path.stat().st_size
         data = path.read_bytes() if size_bytes <= _MAX_SAMPLE_BYTES else b""
@@ -68,7 +69,11 @@ def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFra
     except UNREADABLE as error:
         msg = f"{path}: not a sample of rows: {str(error)[:200]}; export the run again"
         raise BundleError(msg) from error
-    if frame.schema != expected or frame.height > _MAX_SAMPLE_ROWS or frame[PREDICTION_COLUMN].null_count():
+    if (
+        frame.schema != expected
+        or frame.height > _MAX_SAMPLE_ROWS
+        or frame.select(own).null_count().sum_horizontal().item()
+    ):
         msg = f"{path}: its columns are not those of the schema; export the run again"
         raise BundleError(msg)
     return frame

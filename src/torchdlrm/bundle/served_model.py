@@ -5,8 +5,8 @@ is looked up straight in the precision of the arches, the dense arch puts its ve
 interact, and the over arch follows; docs/lab/predictions.md says what each part costs.  A model without a fast
 interaction runs its own forward over the embeddings that were looked up.
 
-B rows, F sparse features, D embedding dimension, M slots for vectors (F + 1, or one more), I inputs and O outputs of a
-layer.
+B rows, L labels, F sparse features, D embedding dimension, M slots for vectors (F + 1, or one more), I inputs and O
+outputs of a layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,9 @@ from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import BundleError
 from torchdlrm.features.tables import sources
 from torchdlrm.model import table_weight
+from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape
 from torchdlrm.model.precision import Precision, precision_of_processor
-from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
+from torchdlrm.model.served import FastInteraction, ServedWeights, run_layers
 from torchdlrm.progress import ProgressListener
 
 _CHUNK_BYTES = 16 * 2**20
@@ -59,6 +60,7 @@ class ServedModel:
         )
         self.recalibration = bundle.manifest.recalibration
         self._num_inputs, self._features = bundle.shape.num_inputs, list(bundle.manifest.sparse)
+        self._labels = (bundle.shape.num_labels,) * (bundle.shape.num_labels > 1)
         self._chunk_rows = _chunk_rows(bundle, self.precision.dtype)
         weights = ServedWeights(partial(_weight, bundle), self.precision.dtype, self._chunk_rows)
         fast = bundle.shape.architecture.fast_interaction(bundle.shape, weights)
@@ -73,7 +75,7 @@ class ServedModel:
         return "bfloat16" if self.precision.dtype == torch.bfloat16 else "float32"
 
     def predict(self, encoded: EncodedRows) -> NDArray[np.float32]:
-        """The probability of a click of each row: float32 [B].
+        """The probability of a click of each row: float32 [B]; of a model of several labels [B, L].
 
         Raises:
             DatasetError: an id is outside its table.
@@ -82,15 +84,15 @@ class ServedModel:
         return torch.from_numpy(self.logits(encoded)).sigmoid_().numpy()
 
     def logits(self, encoded: EncodedRows) -> NDArray[np.float32]:
-        """The log-odds of a click of each row: float32 [B]; raises as `predict`."""
+        """The log-odds of a click of each row, of the shape of `predict`, which raises the same."""
         assert encoded.dense.shape[1] == self._num_inputs, encoded.dense.shape
-        logits_B = torch.empty(encoded.num_rows, dtype=torch.float32)
+        logits = torch.empty(encoded.num_rows, *self._labels, dtype=torch.float32)
         with torch.inference_mode():
             num_chunks = -(-encoded.num_rows // self._chunk_rows)
             for chunk in range(num_chunks):  # of equal size: a short one at the end would keep one core waiting
                 start, stop = (encoded.num_rows * edge // num_chunks for edge in (chunk, chunk + 1))
-                logits_B[start:stop] = self._forward(encoded.part(start, stop))
-        return self.recalibrated(logits_B.numpy(), encoded)
+                logits[start:stop] = self._forward(encoded.part(start, stop))
+        return self.recalibrated(logits.numpy(), encoded)
 
     def recalibrated(self, logits: NDArray[np.float32], encoded: EncodedRows) -> NDArray[np.float32]:
         """What the logits of rows become in all that predicts, here and nowhere else: float32 [B]."""
@@ -103,7 +105,10 @@ class ServedModel:
 def predict_by_model(
     model: ServedModel, dataset: Dataset, split: str, columns: Sequence[str], progress: ProgressListener, *, phase: str
 ) -> list[NDArray[Any]]:
-    """The logits of all rows of a split, or of several joined by +, and these columns of theirs, in their order [N]."""
+    """The logits of all rows of a split, or of several joined by +, and these columns of theirs, in their order.
+
+    Of a model of several labels [N, L], else [N].
+    """
     pieces, splits = [], split.split("+")
     progress.start_phase(phase, sum(dataset.splits[name].rows for name in splits))
     for frame in (frame for name in splits for frame in rows_of_split(dataset, name)):
@@ -115,21 +120,16 @@ def predict_by_model(
 
 def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedWeights) -> Forward:
     """Dense arch, fast interaction, over arch: weights packed once, and nothing copied that need not be."""
-    dense, over = _layers(bundle)
-    over[0] = (interaction.spread(over[0][0]), over[0][1])
-    dtype, batch_rows = weights.dtype, weights.batch_rows
+    dtype, config = weights.dtype, bundle.shape.config
     num_dense, lookup = len(bundle.schema.dense), TableLookup(bundle, dtype, interaction.num_slots)
     first_slot = len(bundle.manifest.sparse) + 1
-    dense_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in dense]
-    over_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in over[:-1]]
-    # In float32 whatever the others compute in: bfloat16 has 8 bits, and a logit rounded to it is a probability in
-    # steps of 3 %: docs/decisions/the-last-layer-writes-float32.md.
+    dense_arch = weights.layers("dense_arch.model", (max(1, num_dense), *config.dense_arch_layer_sizes))
+    over_arch = _over_arch(bundle.shape, interaction, weights)
     sizes, projections = [num_dense, *(column.size or 0 for column in bundle.schema.content)], []
     for column, size in zip(bundle.schema.content, sizes[1:], strict=True):
-        name, dim = f"content_arch.v_{column.name}", bundle.shape.config.embedding_dim
+        name, dim = f"content_arch.v_{column.name}", config.embedding_dim
         layer = weights.layer(f"{name}.weight", (dim, size), bias=f"{name}.bias")
         projections.append((layer, weights.get(f"{name}.missing", (dim,)).to(dtype)))
-    last_weight_I, last_bias_1 = over[-1][0][0].clone(), over[-1][1].clone()
 
     def forward(rows: EncodedRows) -> Tensor:
         vectors_BMD = lookup(rows)
@@ -140,9 +140,45 @@ def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedW
             projected = layer(x.to(dtype).contiguous())
             vectors_BMD[:, slot] = torch.where((x == 0).all(dim=1, keepdim=True), missing_D, projected)
         vectors_BMD[:, 0] = run_layers(dense_arch, dense.to(dtype))
-        return torch.addmv(last_bias_1, run_layers(over_arch, interaction.interact(vectors_BMD)).float(), last_weight_I)
+        return over_arch(interaction.interact(vectors_BMD))
 
     return forward
+
+
+def _over_arch(shape: ModelShape, interaction: FastInteraction, weights: ServedWeights) -> Callable[[Tensor], Tensor]:
+    """What makes logits of what the interaction gives: [B], of several labels [B, L] as `torchdlrm.model.heads`."""
+    assert isinstance(shape.architecture, BuiltInArchitecture), "others have no fast interaction"
+    config, (_, inputs) = shape.config, shape.architecture.interaction(shape)
+    spread: Callable[[Tensor], Tensor] | None = interaction.spread
+
+    def tower(name: str) -> Callable[[Tensor], Tensor]:
+        hidden = weights.layers(f"{name}.model.0", (inputs, *config.over_arch_layer_sizes[:-1]), spread)
+        # In float32 whatever the others compute in: bfloat16 has 8 bits, and a logit rounded to it is a probability in
+        # steps of 3 %: docs/decisions/the-last-layer-writes-float32.md.
+        last_1I = weights.get(f"{name}.model.1.weight", (1, config.over_arch_layer_sizes[-2])).clone()
+        bias_1 = weights.get(f"{name}.model.1.bias", (1,)).clone()
+        return lambda inputs_BI: torch.addmv(bias_1, run_layers(hidden, inputs_BI).float(), last_1I[0])
+
+    if shape.num_labels == 1:
+        return tower("over_arch")
+    from torchdlrm.model.heads import HEADS, logits_of_heads, mixtures  # noqa: PLC0415 - most models have one label
+
+    levels: list[Callable[[list[Tensor]], list[Tensor]]] = []
+    for number, level in enumerate(HEADS[config.heads.kind].levels_of(shape.num_labels, config.heads)):
+        name, sizes = f"over_arch.levels.{number}", config.heads.expert_layer_sizes
+        experts = [
+            partial(run_layers, weights.layers(f"{name}.experts.{i}.model", (inputs, *sizes), spread))
+            for i in range(len(level.reads))
+        ]
+        gates = [
+            weights.layer(f"{name}.gates.{i}.weight", (len(mixed), inputs), spread=spread)
+            for i, (_, mixed) in enumerate(level.gates)
+        ]
+        levels.append(partial(mixtures, level, experts, gates))
+        inputs, spread = sizes[-1], None
+    towers = [tower(f"over_arch.towers.{i}") for i in range(shape.num_labels)]
+    columns = [lambda below, of=of: of(below).unsqueeze(1) for of in towers]
+    return lambda inputs_BI: logits_of_heads(inputs_BI, levels, columns, config.heads.chain(shape.labels))
 
 
 def _eager_forward(bundle: Bundle, precision: Precision) -> tuple[Forward, Precision]:
@@ -179,30 +215,6 @@ def _weight(bundle: Bundle, name: str, shape: tuple[int, ...]) -> Tensor:
     """A float32 weight; raises BundleError where there is none of this shape."""
     bundle.weights.require(name, "F32", shape)
     return bundle.weights.tensor(name)
-
-
-def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Weights [O, I] and biases [O] of the dense arch and of the over arch, as the model's shape says."""
-    weights, config = bundle.weights, bundle.shape.config
-    sizes = [
-        (product.outputs, product.inputs)
-        for product in bundle.shape.architecture.products(bundle.shape)
-        if product.has_weight
-    ]
-    num_dense, num_over = len(config.dense_arch_layer_sizes), len(config.over_arch_layer_sizes)
-    found = []
-    for arch, expected in (("dense_arch", sizes[:num_dense]), ("over_arch", sizes[-num_over:])):
-        names = [name for name in weights.shapes if name.startswith(f"{arch}.") and name.endswith(".weight")]
-        layers = [(weights.tensor(name), weights.tensor(name.removesuffix("weight") + "bias")) for name in names]
-        shapes = [tuple(weight.shape) for weight, _ in layers]
-        fit = all(
-            weight.dtype == bias.dtype == torch.float32 and bias.shape == weight.shape[:1] for weight, bias in layers
-        )
-        if shapes != expected or not fit:
-            msg = f"{bundle.path}: the layers of {arch} are {shapes}, but the model's shape asks for {expected}"
-            raise BundleError(msg)
-        found.append(layers)
-    return found[0], found[1]
 
 
 def _chunk_rows(bundle: Bundle, dtype: torch.dtype) -> int:

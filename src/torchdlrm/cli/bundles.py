@@ -163,7 +163,8 @@ def show_bundle(folder: Path, *, as_json: bool) -> None:
         say(f"model class {manifest.model_class.name}: --model-class of whatever predicts")
     labels = [column.name for column in bundle.schema.labels]
     if len(labels) > 1:
-        say(f"label {bundle.schema.label.name}, of {', '.join(labels)}")
+        learnt = " and ".join(label.name for label in bundle.schema.learnt)
+        say(f"label {learnt}, of {', '.join(labels)}")
     print_check(bundle)
 
 
@@ -186,8 +187,9 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
     if check is None:
         return
     rows = [
-        {"": what, **{METRICS[name].label: show_number(value, 6) for name, value in metrics}}
-        for what, metrics in (("checkpoint", check.checkpoint), ("bundle", check.bundle))
+        {"": f"{what}{label}", **{METRICS[name].label: show_number(value, 6) for name, value in metrics}}
+        for label, of in {"": check, **{f", {name}": other for name, other in check.labels.items()}}.items()
+        for what, metrics in (("checkpoint", of.checkpoint), ("bundle", of.bundle))
     ]
     print_table(f"{check.rows:,} rows of {check.split}", rows)
     if check.checkpoint.auc is None:

@@ -352,7 +352,8 @@ def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedMod
     raw = raw_sample(encoded, bundle.schema, bundle.dense, trained_vocabularies(dataset, bundle), max_rows=_SAMPLE_ROWS)
     rows = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
     predictions = model.predict(EncodedRows.from_frame(rows, bundle.schema))
-    raw.with_columns(pl.Series(PREDICTION_COLUMN, predictions)).write_parquet(bundle.path / SAMPLE_NAME)
+    own = bundle.schema.by_label(predictions, PREDICTION_COLUMN)
+    raw.with_columns(pl.Series(name, values) for name, values in own.items()).write_parquet(bundle.path / SAMPLE_NAME)
 
 
 def trained_vocabularies(dataset: Dataset, bundle: Bundle) -> dict[str, ValueLookup]:

@@ -89,6 +89,9 @@ def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
 
 
 def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
+    if len(bundle.schema.learnt) > 1:
+        msg = f"{bundle.path}: has no graph: it predicts several labels, and a graph is written of one"
+        raise BundleError(msg)
     if bundle.manifest.model_class is not None:
         msg = f"{bundle.path}: has no graph: its model class is Python; torch.onnx.export may know how to trace it"
         raise BundleError(msg)

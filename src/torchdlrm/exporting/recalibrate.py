@@ -34,6 +34,8 @@ def check_recalibration(dataset: Dataset, options: ExportOptions) -> None:
     if options.recalibrate is not None and not _held_out(dataset):
         msg = f"`recalibrate`: {dataset.path} has only rows that were learnt from; preprocess it with a val split"
         raise DatasetError(msg)
+    if options.recalibrate is not None and len(dataset.schema.learnt) > 1:
+        raise ConfigError("`recalibrate`: is for a model of one label, and this one has learnt several")
 
 
 def recalibration_of(

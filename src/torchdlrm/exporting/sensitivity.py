@@ -97,11 +97,12 @@ def choose_precisions(
         progress: receives the rows done.
     """
     batches = [part for frame in frames for part in frame.iter_slices(_BATCH_ROWS)]
-    labels, *weights = (np.concatenate([batch[name].to_numpy() for batch in batches]) for name in schema.target_names)
+    targets = pl.concat(batch.select(schema.target_names) for batch in batches)
+    num_rows, weights = targets.height, None if schema.weight is None else targets[schema.weight.name].to_numpy()
     rows = [EncodedRows.from_frame(batch, schema) for batch in batches]
-    progress.start_phase("measure tables", len(labels) * len(num_embeddings))
-    costs: dict[str, dict[TablePrecision, float]] = {
-        name: dict.fromkeys(TABLE_PRECISIONS, 0.0) for name in num_embeddings
+    progress.start_phase("measure tables", num_rows * len(num_embeddings))
+    of_labels: dict[str, dict[TablePrecision, NDArray[np.float64]]] = {
+        name: dict.fromkeys(TABLE_PRECISIONS, np.zeros(())) for name in num_embeddings
     }
     places: dict[str, list[int]] = {}
     for place, column in enumerate(schema.sparse):
@@ -117,8 +118,10 @@ def choose_precisions(
                 for feature in places[name]:
                     served[:, model.columns(feature)] = model.pooled(batch, feature, precision)
                 changed = model.logits_of(batch, served)
-                costs[name][precision] += float(_divergence(logits, changed).sum()) / len(labels)
+                of_labels[name][precision] = of_labels[name][precision] + _divergence(logits, changed).sum(0) / num_rows
             progress.advance(batch.num_rows)
+    # Of several labels the one that a table costs most: so what is allowed holds for each.
+    costs = {name: {at: float(of.max()) for at, of in found.items()} for name, found in of_labels.items()}
     sizes = {
         name: {
             precision: sum(table.rows * stored.row_bytes(table.dim) for table in model.tables if table.feature == name)
@@ -129,12 +132,14 @@ def choose_precisions(
     allowance = max_logloss_increase
     for attempt in range(_MAX_ATTEMPTS):
         chosen = choose(costs, sizes, allowance)
-        progress.start_phase(f"try the choice ({attempt + 1})", len(labels))
+        progress.start_phase(f"try the choice ({attempt + 1})", num_rows)
         after = []
         for batch in rows:
             after.append(model.logits(batch, [chosen[column.owner] for column in schema.sparse]))
             progress.advance(batch.num_rows)
-        measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after), *weights)
+        one, other = (schema.by_label(np.concatenate(logits)) for logits in (before, after))
+        increases = (logloss_increase(targets[name].to_numpy(), one[name], other[name], weights) for name in one)
+        measured = max(increases, key=lambda increase: increase.least)
         if measured.is_within(max_logloss_increase):
             break
         allowance /= 2
@@ -145,7 +150,7 @@ def choose_precisions(
             name: PrecisionChoice(num_embeddings[name], sizes[name], costs[name], chosen[name])
             for name in num_embeddings
         },
-        rows=len(labels),
+        rows=num_rows,
         max_logloss_increase=max_logloss_increase,
         expected_increase=sum(costs[name][precision] for name, precision in chosen.items()),
         measured_increase=measured,
@@ -175,7 +180,7 @@ def choose(
 
 
 def _divergence(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL of two Bernoulli distributions given by their log-odds: float64 [B]."""
+    """KL of two Bernoulli distributions given by their log-odds: float64 [B], of several labels [B, L]."""
     x, y = before.astype(np.float64), after.astype(np.float64)
     p = 1 / (1 + np.exp(-x))
     # log p - log q = softplus(-y) - softplus(-x), and the same with other signs for 1 - p.

@@ -11,9 +11,9 @@
 Each is compared with the one before it, row by row: so rounding, which costs what it costs, hides nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class PredictionPath:
         allowed: what the precision explains; None for the first one.
         problem: what it does not explain, for people.
         metrics: where the log has labels.
+        labels: the same path of each label but the first, by its name; a problem of one of them is one of the path.
     """
 
     name: str
@@ -63,9 +64,11 @@ class PredictionPath:
     allowed: Tolerance | None
     problem: str | None
     metrics: BinaryMetrics | None
+    labels: Mapping[str, "PredictionPath"] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
+        labels = {name: path.as_dict() for name, path in self.labels.items()}
         return {
             "name": self.name,
             **asdict(self.agreement),
@@ -73,6 +76,7 @@ class PredictionPath:
             "largest_relative_allowed": None if self.allowed is None else self.allowed.relative_difference,
             "agrees": self.problem is None,
             "metrics": None if self.metrics is None else self.metrics.as_json(),
+            **({"labels": labels} if labels else {}),
         }
 
 
@@ -213,9 +217,19 @@ def _verify(
     if rows_left == max_rows:
         msg = f"{', '.join(map(str, log.paths))}: no row that can be read"
         raise LogError(msg)
-    joined = {name: np.concatenate(pieces) for name, pieces in logits.items() if pieces}
-    paths = _compared(joined, pl.concat(targets) if has_labels else None, predictor)
-    return Verification(bundle, run, tuple(log.paths), max_rows - rows_left, bad_rows, paths)
+    joined = {name: bundle.schema.by_label(np.concatenate(pieces)) for name, pieces in logits.items() if pieces}
+    known = pl.concat(targets) if has_labels else pl.DataFrame()
+    of_labels = {}
+    for label in predictor.labels:
+        own = known.drop({*predictor.labels} - {label}, strict=False) if label in known.columns else None
+        of_labels[label] = _compared({name: found[label] for name, found in joined.items()}, own, predictor)
+    first, *more = of_labels
+    paths = []
+    for place, path in enumerate(of_labels[first]):
+        labels = {label: of_labels[label][place] for label in more}
+        problems = (f"{label}: {of.problem}" for label, of in labels.items() if of.problem is not None)
+        paths.append(replace(path, labels=labels, problem=path.problem or next(problems, None)))
+    return Verification(bundle, run, tuple(log.paths), max_rows - rows_left, bad_rows, tuple(paths))
 
 
 def _compared(

@@ -89,6 +89,7 @@ def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) ->
     """The weights of a run as another program's state dict, in memory; raises RunError where it has no such model."""
     config, ours = run.config.model, [table_weight(name) for name in dataset.table_rows]
     unlike = {
+        "several labels": len(dataset.schema.learnt) > 1,
         "a model class": run.model_class is not None,
         "vectors": bool(dataset.schema.content),
         "smaller tables (model.features)": bool(config.features),

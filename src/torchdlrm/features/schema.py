@@ -16,8 +16,10 @@ docs/preprocessing.md describes every key.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from torchdlrm.features.buckets import Buckets
@@ -160,6 +162,18 @@ class FeatureSchema(Frozen):
         """The label that is judged by: the first of those that are learnt."""
         return self.learnt[0]
 
+    def label_columns(self, name: str) -> tuple[str, ...]:
+        """What columns of values are called: `name` of the first label that is learnt, `name_LABEL` of each other."""
+        return (name, *(f"{name}_{label.name}" for label in self.learnt[1:]))
+
+    def by_label(self, values: NDArray[Any], name: str | None = None) -> dict[str, NDArray[Any]]:
+        """Values of rows, [B] or of several labels [B, L], as those of each label [B].
+
+        By the labels that are learnt; where there is a `name`, by those of columns.
+        """
+        keys = [label.name for label in self.learnt] if name is None else self.label_columns(name)
+        return dict(zip(keys, np.ascontiguousarray(values.reshape(-1, len(keys)).T), strict=True))
+
     @property
     def weight(self) -> WeightColumn | None:
         """The column of the rows' weights, if there is one."""
@@ -167,8 +181,8 @@ class FeatureSchema(Frozen):
 
     @property
     def target_names(self) -> tuple[str, ...]:
-        """What training needs of a row besides its features: the label, and the weight if there is one."""
-        return tuple(column.name for column in (self.label, self.weight) if column is not None)
+        """What training needs of a row besides its features: the labels it learns, and the weight if there is one."""
+        return tuple(column.name for column in (*self.learnt, self.weight) if column is not None)
 
     @property
     def stored_targets(self) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ def importance(
         own_model: `model_class` and `allow_changed_model_class`, as for `export`.
 
     Returns:
-        What each metric is `without NAME`, above what it is with all features. The feature that lowers the logloss most
-        comes first; where the verdict is "worse" the model uses it, by more than chance.
+        What each metric is `without NAME`, above what it is with all features, of the first label. The feature that
+        lowers the logloss most comes first; where the verdict is "worse" the model uses it, by more than chance.
 
     Raises:
         UserError: there is no such feature, or as `evaluate` and `export`.
@@ -82,17 +82,16 @@ def importance(
             compared[f"without {group}"] = [name for pattern in patterns for name in _found("groups", names, pattern)]
         check_columns(rows, Asked(split=split))
         frame, model = _drawn(rows, split, max_rows, rng), ServedModel(bundle)
-        order, (labels, *weights) = (
-            rng.permutation(frame.height),
-            (frame[name].to_numpy() for name in schema.target_names),
-        )
+        order, labels = rng.permutation(frame.height), frame[schema.label.name].to_numpy()
+        weights = None if schema.weight is None else frame[schema.weight.name].to_numpy()
         listener.start_phase("importance", frame.height * len(compared))
 
         def judged(columns: Sequence[str]) -> Iterator[Judged]:
             encoded = [column.name for column in (*schema.dense, *schema.content) if column.name in columns]
             encoded += [name for of in schema.sparse if of.raw_name in columns for name in of.encoded_names]
             permuted = frame.with_columns(frame[name].gather(order) for name in encoded)
-            yield Judged.of(labels, model.logits(EncodedRows.from_frame(permuted, schema)), *weights)
+            logits = schema.by_label(model.logits(EncodedRows.from_frame(permuted, schema)))
+            yield Judged.of(labels, logits[schema.label.name], weights)
             listener.advance(frame.height)
 
         result = compare_rows(((name, judged(columns)) for name, columns in compared.items()), LOSS)

@@ -5,8 +5,9 @@ One class a kind of `model.heads`, which says what experts and gates stand below
 B rows of the batch on this rank, L labels, K numbers of a row that an expert gives.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Heads(nn.Module):
         from torchrec.models.dlrm import OverArch  # noqa: PLC0415 - a planner can do without TorchRec
 
         super().__init__()
-        self._chain, self._num_labels, self.levels = config.chain(labels), len(labels), nn.ModuleList()
+        self._chain, self.levels = config.chain(labels), nn.ModuleList()
         for level in self.levels_of(len(labels), config):
             self.levels.append(MixedExperts(in_features, config.expert_layer_sizes, level, device))
             in_features = config.expert_layer_sizes[-1]
@@ -71,13 +72,7 @@ class Heads(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Maps [B, in_features] to logits [B, L] of the labels over all rows."""
-        mixed = [inputs] if self.levels else [inputs] * self._num_labels
-        for level in self.levels:
-            mixed = level(mixed)
-        logits = [tower(below) for tower, below in zip(self.towers, mixed, strict=True)]
-        for label, before in self._chain:
-            logits[label] = logit_of_product(logits[before].float(), logits[label].float())
-        return torch.cat(logits, dim=1)
+        return logits_of_heads(inputs, self.levels, self.towers, self._chain)
 
 
 class SharedBottom(Heads):
@@ -128,13 +123,31 @@ class MixedExperts(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Maps inputs of [B, in_features] to as many of [B, K] as there are gates."""
-        made = [expert(inputs[of]) for expert, of in zip(self.experts, self._level.reads, strict=True)]
-        found = []
-        for gate, (of, experts) in zip(self.gates, self._level.gates, strict=True):
-            shares_B1E = torch.softmax(gate(inputs[of]), dim=1).unsqueeze(1)
-            experts_BEK = torch.stack([made[expert] for expert in experts], dim=1)
-            found.append(torch.bmm(shares_B1E.to(experts_BEK.dtype), experts_BEK).squeeze(1))
-        return found
+        return mixtures(self._level, self.experts, self.gates, inputs)
+
+
+def mixtures(level: Level, experts: Iterable[Any], gates: Iterable[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What the gates of a level make of inputs of [B, in_features]: [B, K] each; trained or served."""
+    made = [expert(inputs[of]) for expert, of in zip(experts, level.reads, strict=True)]
+    found = []
+    for gate, (of, mixed) in zip(gates, level.gates, strict=True):
+        shares_B1E = torch.softmax(gate(inputs[of]).float(), dim=1).unsqueeze(1)
+        experts_BEK = torch.stack([made[expert] for expert in mixed], dim=1)
+        found.append(torch.bmm(shares_B1E.to(experts_BEK.dtype), experts_BEK).squeeze(1))
+    return found
+
+
+def logits_of_heads(
+    inputs: Tensor, levels: Iterable[Any], towers: Iterable[Any], chain: Sequence[tuple[int, int]]
+) -> Tensor:
+    """What towers, a label each, over levels of mixtures make of [B, in_features]: [B, L]; trained or served."""
+    mixed = [inputs]
+    for level in levels:
+        mixed = level(mixed)
+    logits = [tower(below) for tower, below in zip(towers, mixed if len(mixed) > 1 else repeat(inputs), strict=False)]
+    for label, before in chain:
+        logits[label] = logit_of_product(logits[before].float(), logits[label].float())
+    return torch.cat(logits, dim=1)
 
 
 def logit_of_product(first: Tensor, second: Tensor) -> Tensor:

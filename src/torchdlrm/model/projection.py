@@ -5,7 +5,6 @@ F1 and F2 vectors that the branches make.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,14 +47,10 @@ class ServedProjection(FastInteraction):
 
     def __init__(self, shape: ModelShape, weights: ServedWeights) -> None:
         self.num_slots, self._dim = shape.num_sparse + 1, shape.config.embedding_dim
-        self._branches = []
-        for branch, sizes in enumerate(shape.config.projection.branches, start=1):
-            name = f"inter_arch.interaction_branch{branch}.model._mlp.{{}}._linear."
-            shapes = [(outputs, inputs) for inputs, outputs in pairwise((shape.flat_size, *sizes))]
-            names = [(shape, name.format(number)) for number, shape in enumerate(shapes)]
-            self._branches.append(
-                [weights.layer(f"{name}weight", shape, bias=f"{name}bias", relu=True) for shape, name in names]
-            )
+        self._branches = [
+            weights.layers(f"inter_arch.interaction_branch{branch}.model", (shape.flat_size, *sizes))
+            for branch, sizes in enumerate(shape.config.projection.branches, start=1)
+        ]
 
     def interact(self, vectors_BMD: Tensor) -> Tensor:
         """Maps [B, N, D] to [B, D + F1 F2]: the first vector, and all products of the branches' vectors."""

@@ -9,6 +9,7 @@ B rows, M slots for vectors, D embedding dimension, N = F + 1 vectors that inter
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,8 +90,26 @@ class ServedWeights:
     batch_rows: int
 
     def layer(
-        self, weight: str, shape: tuple[int, int], *, bias: str | None = None, relu: bool = False
+        self,
+        weight: str,
+        shape: tuple[int, int],
+        *,
+        bias: str | None = None,
+        relu: bool = False,
+        spread: Callable[[Tensor], Tensor] | None = None,
     ) -> PackedLinear:
-        """A layer with the weight [O, I] and the bias of these names."""
-        bias_O = self.get(bias, shape[:1]) if bias is not None else None
-        return PackedLinear(self.get(weight, shape), bias_O, self.dtype, relu=relu, batch_rows=self.batch_rows)
+        """A layer with the weight [O, I] and the bias of these names; `spread` says what the weight is served as."""
+        weight_OI, bias_O = self.get(weight, shape), self.get(bias, shape[:1]) if bias is not None else None
+        weight_OI = weight_OI if spread is None else spread(weight_OI)
+        return PackedLinear(weight_OI, bias_O, self.dtype, relu=relu, batch_rows=self.batch_rows)
+
+    def layers(
+        self, mlp: str, sizes: Sequence[int], spread: Callable[[Tensor], Tensor] | None = None
+    ) -> list[PackedLinear]:
+        """TorchRec's `MLP` of this name, of inputs and layers of these sizes; `spread` is for the first layer."""
+        shapes = [(outputs, inputs) for inputs, outputs in pairwise(sizes)]
+        names = [f"{mlp}._mlp.{number}._linear." for number in range(len(shapes))]
+        return [
+            self.layer(f"{name}weight", shape, bias=f"{name}bias", relu=True, spread=None if number else spread)
+            for number, (name, shape) in enumerate(zip(names, shapes, strict=True))
+        ]
