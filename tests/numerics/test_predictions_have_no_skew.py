@@ -5,11 +5,13 @@ import math
 import random
 import tomllib
 
+import grpc
 import httpx
 import numpy as np
 import polars as pl
 import pytest
 
+from helpers import two_labels
 from helpers.predicted import rows_of_request
 from helpers.raw_logs import real_log
 from torchdlrm.bundle.encoded_rows import EncodedRows
@@ -24,7 +26,9 @@ from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.serving.front.open_inference.messages import CLASSES, PACKAGE, SERVICE
 from torchdlrm.serving.front.open_inference.tensors import Tensor
+from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
 CONFIG = "criteo-small"
@@ -360,3 +364,92 @@ def test_a_number_that_training_never_lacked_is_its_mean_by_every_way(serve, dlr
     assert f"price (in {number['price']:,} rows), age (in {number['age']:,} rows)" in done.stderr
     done = dlrm("inspect", bundle.path)
     assert "never missing in training, so the mean stands for a missing one: price, age" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    log = two_labels.write_log(folder / "log.tsv", num_rows=2_000)
+    return log, preprocess([log], folder / "dataset", two_labels.SCHEMA).with_labels(two_labels.LABELS)
+
+
+def every_label_over_http_and_grpc(server, rows, tensors):
+    """JSON in requests of a few rows and of many, and tensors by both protocols: [rows, labels] each."""
+    found = []
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        answers = [client.post("/predict", json=rows[start : start + 200]).json() for start in range(0, len(rows), 200)]
+        answers += [client.post("/predict", json=[row]).json() for row in rows[:20]]
+        assert all(answer["predictions"] == answer["labels"]["click"] for answer in answers)
+        by_json = [[answer["labels"][name] for name in two_labels.LABELS] for answer in answers]
+        found.append(np.concatenate([np.array(labels).T for labels in by_json[:-20]]))
+        np.testing.assert_allclose(np.concatenate([np.array(one).T for one in by_json[-20:]]), found[0][:20], atol=1e-6)
+        infer = f"/v2/models/{server.model}/infer"
+        names = ["prediction", "prediction_purchase"]
+        outputs = client.post(infer, json={"inputs": tensors}).json()["outputs"]
+        assert [output["name"] for output in outputs] == names
+        found.append(np.array([output["data"] for output in outputs]).T)
+        asked = {"name": names[1], "parameters": {"binary_data": True}}
+        answer = client.post(infer, json={"inputs": tensors, "outputs": [asked]})
+        size = int(answer.headers["inference-header-content-length"])
+        np.testing.assert_array_equal(np.frombuffer(answer.content[size:], "<f4"), np.float32(outputs[1]["data"]))
+        refused = client.post(infer, json={"inputs": tensors, "outputs": [{"name": "purchase"}]})
+        assert refused.json()["error"] == "outputs: 'purchase' is none; there are 'prediction', 'prediction_purchase'"
+        of_purchase = client.post("/explain?label=purchase", json=rows[:1]).json()["explanations"][0]
+        assert of_purchase["prediction"] == pytest.approx(found[0][0, 1], abs=1e-6)
+        assert of_purchase["labels"] == pytest.approx(dict(zip(two_labels.LABELS, found[0][0], strict=True)), abs=1e-6)
+        assert client.post("/explain?label=buy", json=rows[:1]).status_code == 400
+    message = CLASSES["ModelInferRequest"](model_name=server.model)
+    for tensor in tensors:
+        contents = {"FP64": "fp64_contents", "BYTES": "bytes_contents"}[tensor["datatype"]]
+        data = [cell.encode() if isinstance(cell, str) else cell for cell in tensor["data"]]
+        one = message.inputs.add(name=tensor["name"], datatype=tensor["datatype"], shape=tensor["shape"])
+        getattr(one.contents, contents).extend(data)
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary(
+            f"/{PACKAGE}.{SERVICE}/ModelInfer",
+            CLASSES["ModelInferRequest"].SerializeToString,
+            CLASSES["ModelInferResponse"].FromString,
+        )
+        outputs = call(message).outputs
+        assert [output.name for output in outputs] == names
+        found.append(np.array([output.contents.fp32_contents for output in outputs]).T)
+    return found
+
+
+@pytest.mark.parametrize("heads", two_labels.HEADS)
+def test_every_label_of_a_model_by_every_way(heads, shop, serve, tmp_path):
+    log, dataset = shop
+    config = two_labels.config(**{"train.epochs": "4"}, **two_labels.HEADS[heads])
+    train(config, dataset, tmp_path / "run", progress=False)
+    exported = export(tmp_path / "run", tmp_path / "bundle", dataset=dataset, progress=False)
+    assert exported.bundle.manifest.format_version == 10
+    assert list(exported.bundle.manifest.check.labels) == ["purchase"]
+    expected, few = by_checkpoint(tmp_path / "run", dataset, log, tmp_path)
+    assert expected.shape == (2_000, 2)
+    assert (expected.std(axis=0) > 0.01).all()
+    if heads == "after":
+        assert (expected[:, 1] < expected[:, 0]).all()
+    predictor = Predictor.open(tmp_path / "bundle")
+    (chunk,) = RowsIn([log], predictor.schema)
+    summary = predict_file(predictor, RowsIn([log], predictor.schema), tmp_path / "scores.parquet")
+    assert list(summary.labels) == ["purchase"]
+    rows = as_json_rows(chunk.frame, predictor.schema)
+    ways = [
+        pl.read_parquet(tmp_path / "scores.parquet").select("prediction", "prediction_purchase").to_numpy(),
+        predictor.predict(rows),
+        predictor.predict_encoded(predictor.encode(predictor.parse_rows(rows))).probabilities,
+        by_tensors(tmp_path / "bundle", log),
+    ]
+    if heads == "ple":
+        tensors = [
+            {"name": "price", "datatype": "FP64", "shape": [len(rows)], "data": [row["price"] for row in rows]},
+            *(
+                {"name": of, "datatype": "BYTES", "shape": [len(rows)], "data": [r[of] for r in rows]}
+                for of in ("item", "city")
+            ),
+        ]
+        server = serve(tmp_path / "bundle", "--log-level", "warning", "--grpc-port", 0)
+        ways += every_label_over_http_and_grpc(server, rows, tensors)
+        server.stop()
+    for found in ways:
+        np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)

@@ -92,6 +92,7 @@ def explain(
     bundle: Path,
     rows: Annotated[Path, Parameter(allow_leading_hyphen=True)],
     *,
+    label: str | None = None,
     own_model: OwnModel = OwnModel(),  # noqa: B008 - likewise
     as_json: Json = False,
 ) -> None:
@@ -100,6 +101,7 @@ def explain(
     Args:
         bundle: Folder written by `dlrm export`.
         rows: File of JSON: a row, a list of rows, or a row a line; - is standard input.
+        label: Which of the bundle's labels; by default the first.
     """
     expect("bundle", bundle)
     given = _rows_of_json(rows)
@@ -107,13 +109,13 @@ def explain(
     from torchdlrm.prediction.predictor import Predictor
 
     predictor = Predictor.open(bundle, **vars(own_model))
-    found = predictor.explain(given)
+    found = predictor.explain(given, label)
     for number, one in enumerate(found):
         adds = {name: f"{by:+.4f}" for name, by in one.contributions.items()}
         say_facts(f"row {number}: probability {one.prediction:.5f}, logit {one.logit:+.4f}; {METHOD}:", adds)
     if as_json:
         about = {"bundle": str(bundle), "version": predictor.version, "method": METHOD}
-        print_json(about | {"explanations": [vars(one) for one in found]})
+        print_json(about | {"explanations": [one.as_dict() for one in found]})
 
 
 def show_tables(folder: Path, neighbours: Sequence[str], own_model: OwnModel, *, as_json: bool) -> None:

@@ -106,6 +106,8 @@ def _print_summary(summary: "PredictSummary", out: Path) -> None:
     say_facts("" if out == Path("-") else str(out), cells)
     if summary.metrics is not None:
         say_undefined(summary.metrics.as_dict())
+    for label, metrics in summary.labels.items():
+        say_facts(label, metric_cells(metrics.as_dict()))
     if summary.num_never_missing:
         missing = ", ".join(f"{name} (in {count:,} rows)" for name, count in summary.num_never_missing.items())
         say(f"missing here, and never missing in training, so the mean stands for it: {missing}")
@@ -174,9 +176,11 @@ def _print_paths(found: "Verification", log: str) -> None:
         return "" if path.allowed is None else f"{value:.2g}"
 
     bad = f", {found.bad_rows:,} bad ones left out" if found.bad_rows else ""
+    every = [(path.name, path) for path in found.paths]
+    every += [(f"{path.name}, {label}", of) for path in found.paths for label, of in path.labels.items()]
     rows = [
         {
-            "by": path.name,
+            "by": name,
             "difference": number(path, path.agreement.largest_difference),
             "allowed": number(path, path.allowed.difference if path.allowed else 0.0),
             "relative": number(path, path.agreement.largest_relative),
@@ -187,7 +191,7 @@ def _print_paths(found: "Verification", log: str) -> None:
                 for metric in metrics_in("brief")
             },
         }
-        for path in found.paths
+        for name, path in every
     ]
     print_table(f"{found.rows:,} rows of {log}{bad}", rows, droppable=["median"])
     if found.paths[0].metrics is not None:

@@ -49,7 +49,7 @@ class PredictionClient:
         self._connection.close()
 
     def predict(self, rows: Sequence[dict[str, object]], *, version: str) -> NDArray[np.float64]:
-        """The probability of each row: float64 [B].
+        """The probability of each row: float64 [B], of several labels [B, L].
 
         Args:
             rows: B rows by column name.
@@ -58,7 +58,7 @@ class PredictionClient:
         Raises:
             UserError: the server cannot be reached, refuses, or serves another bundle.
         """
-        found: list[float] = []
+        found: list[Any] = []
         for start in range(0, len(rows), _ROWS_PER_REQUEST):
             answer = self._ask(json.dumps({"rows": rows[start : start + _ROWS_PER_REQUEST]}))
             if answer["version"] != version:
@@ -67,7 +67,8 @@ class PredictionClient:
                     f"is version {version}"
                 )
                 raise UserError(msg)
-            found += answer["predictions"]
+            labels = answer.get("labels")
+            found += answer["predictions"] if labels is None else [*zip(*labels.values(), strict=True)]
         return np.array(found)
 
     def _ask(self, body: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from torchdlrm.storage.reading import read_each
 
 BadRowsRule = Literal["refuse", "null"]
 HAS_UNKNOWN_COLUMN = "has_unknown"
+_LOGIT = "@logit"  # among what rows are judged by
 _WAIT_S = 0.2
 _CHUNKS_AHEAD = 2
 # The remedy of bad rows where they are refused; whether details, metrics, and lists as text are wanted.
@@ -61,6 +62,7 @@ class PredictSummary:
         num_never_missing: missing values of each number that was never missing in training: its mean stood for them.
         metrics: of the rows with a label, where every file has the label's column and a row has one; weighted where
             all files have a column of weights too.
+        labels: the same of each label but the first, by its name.
         duration_s: from the first byte read to the last one written.
         details: the bad rows by reason, with their first few positions.
     """
@@ -71,6 +73,7 @@ class PredictSummary:
     unknown_rate: dict[str, float] = field(default_factory=dict)
     num_never_missing: dict[str, int] = field(default_factory=dict)
     metrics: BinaryMetrics | None = None
+    labels: dict[str, BinaryMetrics] = field(default_factory=dict)
     duration_s: float = 0.0
     details: BadRows = field(default_factory=BadRows)
 
@@ -86,8 +89,10 @@ class PredictSummary:
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON has it."""
         content = asdict(self) | {"rows_per_s": self.rows_per_s, "bad_rows_by_reason": self.details.counts}
-        del content["details"]
-        return content | {"metrics": None if self.metrics is None else self.metrics.as_json()}
+        del content["details"], content["labels"]
+        labels = {name: metrics.as_json() for name, metrics in self.labels.items()}
+        content["metrics"] = None if self.metrics is None else self.metrics.as_json()
+        return content | ({"labels": labels} if labels else {})
 
 
 def predict_file(
@@ -132,14 +137,15 @@ def predict_file(
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
         msg = f"`out`: {out} is the log itself; name another file"
         raise UserError(msg)
-    own: dict[str, pl.DataType] = {PREDICTION_COLUMN: pl.Float32()}
+    names_of = predictor.schema.label_columns
+    own: dict[str, pl.DataType] = dict.fromkeys(names_of(PREDICTION_COLUMN), pl.Float32())
     if with_details:
-        own |= {LOGIT_COLUMN: pl.Float32(), HAS_UNKNOWN_COLUMN: pl.Boolean()}
+        own |= {**dict.fromkeys(names_of(LOGIT_COLUMN), pl.Float32()), HAS_UNKNOWN_COLUMN: pl.Boolean()}
     for name in own:
         if name in rows.passthrough:
             msg = f"`columns`: {name} is what the scores' own column is called"
             raise UserError(msg)
-    tally = _Tally()
+    tally = _Tally(rows.schema)
     started_s = time.perf_counter()
     progress.start_phase("predict", rows.size_bytes, unit="bytes")
     how = bad_rows_remedy if bad_rows == "refuse" else None, with_details, with_metrics, out.suffix != ".parquet"
@@ -228,13 +234,17 @@ def _scored(predictor: Predictor, rows: RowsIn, how: _How) -> Iterator[_Scored]:
     remedy, with_details, with_metrics, as_text = how
     for chunk, encoded in _encoded_ahead(predictor, rows, remedy):
         predictions = predictor.predict_encoded(encoded)
-        scores: dict[str, NDArray[Any]] = {PREDICTION_COLUMN: predictions.probabilities}
+        by_label = predictor.schema.by_label
+        scores: dict[str, NDArray[Any]] = by_label(predictions.probabilities, PREDICTION_COLUMN)
         if with_details:
             has_unknown = [np.zeros(encoded.num_rows, np.bool_), *predictor.unknown(encoded).values()]
-            scores |= {LOGIT_COLUMN: predictions.logits, HAS_UNKNOWN_COLUMN: np.logical_or.reduce(has_unknown)}
+            scores |= by_label(predictions.logits, LOGIT_COLUMN)
+            scores[HAS_UNKNOWN_COLUMN] = np.logical_or.reduce(has_unknown)
         judged = None
         if with_metrics and chunk.has_label:
-            judged = chunk.targets(rows.schema).with_columns(pl.Series("@logit", predictions.logits)).drop_nulls()
+            logits = by_label(predictions.logits, _LOGIT)
+            judged = chunk.targets(rows.schema).with_columns(pl.Series(name, of) for name, of in logits.items())
+            judged = judged.drop_nulls() if len(logits) == 1 else judged
         num_values = {
             column.name: len(encoded.sparse[i][0]) if isinstance(encoded.sparse, tuple) else encoded.num_rows
             for i, column in enumerate(rows.schema.sparse)
@@ -243,7 +253,7 @@ def _scored(predictor: Predictor, rows: RowsIn, how: _How) -> Iterator[_Scored]:
         counts = {
             "num_bytes": chunk.num_bytes,
             "bad_rows": chunk.bad_rows.to_json(),
-            "sum": float(predictions.probabilities.sum(dtype=np.float64)),
+            "sum": float(scores[PREDICTION_COLUMN].sum(dtype=np.float64)),
             "values": [num_values, predictions.num_unknown, predictions.num_filled],
         }
         yield _scores(chunk, scores, rows, as_text=as_text), judged, counts
@@ -305,8 +315,8 @@ def _written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Se
 class _Tally:
     """Adds up the numbers of the summary."""
 
-    def __init__(self) -> None:
-        self._sum = 0.0
+    def __init__(self, schema: FeatureSchema) -> None:
+        self._schema, self._sum = schema, 0.0
         self._values: tuple[Counter[str], ...] = Counter(), Counter(), Counter()
         self._judged: list[pl.DataFrame | None] = []
         self.summary = PredictSummary()
@@ -333,10 +343,17 @@ class _Tally:
         summary.num_never_missing = {name: count for name, count in num_filled.items() if count}
         summary.unknown_rate = {name: count / max(1, num_values[name]) for name, count in num_unknown.items()}
         judged = [frame for frame in self._judged if frame is not None]
-        if len(judged) == len(self._judged) and any(map(len, judged)):
-            # One file without weights, and all rows count the same.
-            names = min((frame.columns for frame in judged), key=len)
-            columns = pl.concat([frame.select(names) for frame in judged])
-            labels, *weights, logits = (columns[name].to_numpy() for name in names)
-            summary.metrics = binary_metrics(labels, logits, *weights)
+        if not judged or len(judged) < len(self._judged):
+            return summary
+        # One file without weights, and all rows count the same; one without a label, and it judges nothing.
+        there = set.intersection(*({*frame.columns} for frame in judged))
+        weights = {*self._schema.target_names} - {label.name for label in self._schema.learnt}
+        for label, logit in zip(self._schema.learnt, self._schema.label_columns(_LOGIT), strict=True):
+            if label.name in there:
+                names = [label.name, *(weights & there), logit]
+                columns = pl.concat(frame.select(names) for frame in judged).drop_nulls()
+                if columns.height:
+                    labels, *weight, logits = (column.to_numpy() for column in columns)
+                    summary.labels[label.name] = binary_metrics(labels, logits, *weight)
+        summary.metrics = summary.labels.pop(self._schema.label.name, None)
         return summary

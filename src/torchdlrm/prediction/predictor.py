@@ -3,7 +3,7 @@
 In: raw rows, as JSON has them or as typed columns.  Out: the probability of a click of each, and how many of its values
 the vocabularies do not have.  Why a room of its own: docs/decisions/predictions-are-made-in-one-room.md.
 
-B rows, F sparse features.
+B rows, L labels, F sparse features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +42,10 @@ class Predictions:
     """What came of B rows.
 
     Attributes:
-        probabilities: of a click, float32 [B].
+        probabilities: of a click, float32 [B]; of a model of several labels, of each of them [B, L].
         num_unknown: for each sparse feature with a vocabulary, how many of its values have no id of their own.
         num_filled: for each dense feature that was never missing in training, how many of its values were missing.
-        logits: the log-odds that the probabilities are made of, float32 [B].
+        logits: the log-odds that the probabilities are made of, of the same shape.
     """
 
     probabilities: NDArray[np.float32]
@@ -63,6 +63,7 @@ class Predictor:
     Attributes:
         bundle: what it predicts with.
         schema: the columns of a raw row.
+        labels: the names of what is predicted, L; the first is the one that the model is judged by.
         never_missing: the dense features that were never missing in training, with their places: a row without one gets
             the mean.
     """
@@ -70,6 +71,7 @@ class Predictor:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.schema = bundle.schema
+        self.labels = [label.name for label in bundle.schema.learnt]
         self._reader = RowReader(bundle.schema)
         self._plain_rows = PlainRowEncoder(bundle.schema, bundle.dense, bundle.vocabularies)
         self._model = ServedModel(bundle)
@@ -86,7 +88,8 @@ class Predictor:
 
     def __repr__(self) -> str:
         features = ", ".join(column.log_name for column in self.schema.features)
-        return f"<Predictor of {self.bundle.name!r}, version {self.version}: {shown(features)} -> probability>"
+        labels = f" of {', '.join(self.labels)}" if len(self.labels) > 1 else ""
+        return f"<Predictor of {self.bundle.name!r}, version {self.version}: {shown(features)} -> probability{labels}>"
 
     @classmethod
     def open(
@@ -218,7 +221,7 @@ class Predictor:
                 cells mean what they mean in a log.
 
         Returns:
-            float32 [B].
+            float32 [B]; of a model of several labels the probability of each of `labels`, [B, L].
 
         Raises:
             RowError: a feature is not there, or a cell does not fit; names the row (from 0), the column and the value.
@@ -229,20 +232,24 @@ class Predictor:
             return self.predict_encoded(self.encode(typed_columns(given, self.schema))).probabilities
         return self.predict_encoded(self.encode_rows(given)).probabilities
 
-    def explain(self, rows: Any) -> list[Explanation]:
+    def explain(self, rows: Any, label: str | None = None) -> list[Explanation]:
         """What each feature of each row adds to its logit, at the cost of a prediction for each of its features.
 
         Args:
             rows: B rows, as for `predict`; raises as that does.
+            label: whose logit, where the model has several; the first when not given.
+
+        Raises:
+            RowError: the model has no such label; or as `predict`.
         """
         given, found = frame_or_rows(rows), []
         if isinstance(given, pl.DataFrame):
             given = as_json_rows(typed_columns(given, self.schema), self.schema)
         self.encode_rows(given)  # all of them at once: an error has the number of its row
         for start in range(0, len(given), _EXPLAINED_ROWS):
-            left_out = LeftOut(given[start : start + _EXPLAINED_ROWS], self.schema)
+            left_out = LeftOut(given[start : start + _EXPLAINED_ROWS], self.schema, label)
             predictions = self.predict_encoded(self.encode_rows(left_out.rows))
-            found += left_out.explained([(predictions.probabilities, predictions.logits)])
+            found += left_out.explained(predictions.probabilities, predictions.logits)
         return found
 
     def predict_encoded(self, rows: EncodedRows) -> Predictions:

@@ -60,7 +60,7 @@ class RowChunk:
         num_rows: good and bad.
         bad_positions: where the bad ones stand among all, from 0: int64.
         bad_rows: what is wrong with them, by file and line.
-        has_label: whether the frame has the label, which may be null.
+        has_label: whether the frame has a label that the model has learnt; it may be null.
         num_bytes: how far the reader came in its file since the last chunk.
     """
 
@@ -72,7 +72,7 @@ class RowChunk:
     num_bytes: int
 
     def targets(self, schema: FeatureSchema) -> pl.DataFrame:
-        """The label of each good row, and its weight where the file has that column; either may be null."""
+        """The labels of each good row, and its weight, as far as the file has those columns; each may be null."""
         return self.frame.select(name for name in schema.target_names if name in self.frame.columns)
 
 
@@ -288,7 +288,7 @@ def _as_read(
     column: Column | None, log_name: str, passthrough: Sequence[str], schema: FeatureSchema, *, at: int = 0
 ) -> Column:
     """A column of the log as it is to be read; `column` is that of the schema, None where it is of the log alone."""
-    others = {label.name for label in schema.labels} - {schema.label.name}
+    others = {label.name for label in schema.labels} - {label.name for label in schema.learnt}
     if isinstance(column, DenseColumn | SparseColumn | LabelColumn | WeightColumn) and column.name not in others:
         return column
     name = log_name if column is None else column.name

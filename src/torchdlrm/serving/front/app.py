@@ -12,6 +12,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
+import numpy as np
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -156,18 +157,23 @@ class _Answers:
         served, max_rows = service.bundles.current, service.options.max_rows_per_request
         rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
         answer = await self._predicted(request, served, rows, num_bytes, started_s)
-        return _json({"predictions": answer.probabilities, "model": service.name, **identity_of(served.bundle)})
+        labels = served.schema.by_label(answer.probabilities)
+        found: dict[str, Any] = {"predictions": next(iter(labels.values()))}
+        if len(labels) > 1:
+            found["labels"] = labels
+        return _json({**found, "model": service.name, **identity_of(served.bundle)})
 
     async def explain(self, request: Request) -> Response:
         service = self._service
         body, started_s = await self._body(request)
         served, max_rows = service.bundles.current, service.options.max_rows_per_request
-        read = partial(read_left_out, body, served.schema, max_rows)
+        read = partial(read_left_out, body, served.schema, max_rows, request.query_params.get("label"))
         left_out, size = await off_loop_if_large(read, len(body) * len(served.schema.features))
         # One row may need more rows than a request may have.
-        parts = (left_out.rows[at : at + max_rows] for at in range(0, len(left_out.rows), max_rows))
+        parts = (left_out.rows[at : at + max_rows] for at in range(0, max(1, len(left_out.rows)), max_rows))
         answers = [await self._predicted(request, served, part, size, started_s, is_reported=False) for part in parts]
-        found = [vars(row) for row in left_out.explained((one.probabilities, one.logits) for one in answers)]
+        pairs = zip(*((one.probabilities, one.logits) for one in answers), strict=True)
+        found = [row.as_dict() for row in left_out.explained(*map(np.concatenate, pairs))]
         about = {"model": service.name, **identity_of(served.bundle)}
         return _json({"explanations": found, "method": METHOD, **about})
 

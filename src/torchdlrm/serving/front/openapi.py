@@ -72,7 +72,13 @@ def _schemas(service: Service) -> Json:
     number = {"type": "number"}
     probability = number | {"minimum": 0, "maximum": 1}
     adds = {"type": "object", "additionalProperties": number}
-    explanation = {"prediction": probability, "logit": number, "contributions": adds}
+    explanation: Json = {"prediction": probability, "logit": number, "contributions": adds}
+    others: Json = {}
+    output: Json = {"const": OUTPUT}
+    if len(labels := service.bundles.current.labels) > 1:
+        explanation["labels"] = _object(dict.fromkeys(labels, probability))
+        others["labels"] = _object({name: {"type": "array", "items": probability} for name in labels})
+        output = {"enum": service.bundles.current.schema.label_columns(OUTPUT)}
     return {
         "Rows": rows,
         "PredictRequest": {
@@ -85,7 +91,7 @@ def _schemas(service: Service) -> Json:
                 },
             ]
         },
-        "Predictions": _answers("predictions", probability),
+        "Predictions": _answers("predictions", probability, others),
         "Explanations": _answers("explanations", _object(explanation), {"method": {"const": METHOD}}),
         "InferRequest": {
             "type": "object",
@@ -94,7 +100,7 @@ def _schemas(service: Service) -> Json:
                 "id": {"type": "string", "maxLength": 256},
                 "parameters": {"type": "object"},
                 "inputs": {"type": "array", "items": tensor, "minItems": 1},
-                "outputs": {"type": "array", "items": {"type": "object", "properties": {"name": {"const": OUTPUT}}}},
+                "outputs": {"type": "array", "items": {"type": "object", "properties": {"name": output}}},
             },
         },
         "InferResponse": {
@@ -124,6 +130,8 @@ def _paths(service: Service, *, secured: bool) -> Json:
         "/v2/health/live": {"get": {**_operation("Whether it runs", "Object", None, 503), "security": []}},
         "/v2/health/ready": {"get": {**_operation("Whether it takes requests", "Object", None, 503), "security": []}},
     }
+    if len(labels := service.bundles.current.labels) > 1:
+        paths["/explain"]["parameters"] = [{"name": "label", "in": "query", "schema": {"enum": labels}}]
     model = _parameter("name", service.name)
     version = _parameter("version", service.bundles.current.version)
     for path, parameters in (

@@ -43,14 +43,20 @@ def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequen
     return rows, num_bytes
 
 
-def read_left_out(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[LeftOut, int]:
-    """Read rows to explain, as `read_rows`; its limits hold for all predictions, but one row is always taken."""
+def read_left_out(body: bytes, schema: FeatureSchema, max_rows: int, label: str | None = None) -> tuple[LeftOut, int]:
+    """Read rows to explain, as `read_rows`; its limits hold for all predictions, but one row is always taken.
+
+    Of several labels `label` is the one to explain; the first when not given.
+    """
     rows, num_bytes = read_rows(body, schema, max_rows)
     num_predictions = sum(1 + len(row) for row in rows)
     if len(rows) > 1 and num_predictions > max_rows:
         msg = f"{len(rows):,} rows take {num_predictions:,} predictions to explain, and at most {max_rows:,} are made"
         raise too_large(msg)
-    left_out = LeftOut(list(rows), schema)
+    try:
+        left_out = LeftOut(list(rows), schema, label)
+    except RowError as error:
+        raise bad_request(str(error)) from error
     num_bytes *= 1 + len(schema.features)
     _check_values(left_out.rows, num_bytes, schema)
     return left_out, num_bytes
@@ -159,8 +165,10 @@ def describe(
             if column.weight_separator is not None:
                 described["weight_separator"] = column.weight_separator
         columns.append(described)
+    labels = [label.name for label in schema.learnt]
     return {
         **model,
+        **({"labels": labels} if len(labels) > 1 else {}),
         "separator": schema.separator,
         "quote": schema.quote,
         "max_rows": max_rows,

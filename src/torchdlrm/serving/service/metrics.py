@@ -91,7 +91,8 @@ class ServerMetrics:
         self._rows.inc(report.total_rows)
         self._batch_rows.observe(report.total_rows)
         for part in report.predictions:
-            self._predictions.inc(float(part.probabilities.sum(dtype="float64")))
+            first = next(iter(report.model.schema.by_label(part.probabilities).values()))
+            self._predictions.inc(float(first.sum(dtype="float64")))
             for feature, count in part.num_unknown.items():
                 if count:
                     self._unknown.labels(feature).inc(count)

@@ -5,7 +5,7 @@ In: batches, as the model was given them.  Out: files in a folder, each complete
     features as the schema calls them in a log    hex values as 8 digits, lists as lists
     the column of time, if the schema has one      when the rows were predicted
     request_id, request_row                        which row of which request: what a label is joined by
-    requested_at, prediction, model_version
+    requested_at, prediction, model_version        of several labels: prediction_LABEL of each but the first, too
 
 The label is not there: it is not known yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
 are enough for a file, and take no more of it than a fixed size: beyond, they are dropped, counted and logged.  A file
@@ -242,7 +242,8 @@ def check_loggable(schema: FeatureSchema) -> None:
     Raises:
         ConfigError: a column of the schema is called as one of them.
     """
-    taken = sorted({column.log_name for column in schema.columns} & set(OWN_COLUMNS))
+    own = {*OWN_COLUMNS, *schema.label_columns("prediction")}
+    taken = sorted({column.log_name for column in schema.columns} & own)
     if taken:
         msg = f"`log_predictions`: the log has a column {taken[0]!r} of its own; give the schema's another header_name"
         raise ConfigError(msg)
@@ -259,12 +260,12 @@ def _log_frame(reports: Sequence[BatchReport]) -> pl.DataFrame:
         columns.append(_as_time(times_us, schema.time))
     counts = [len(request.rows) for request in requests]
     request_ids = np.array([request.request_id for request in requests], object)
-    probabilities = [part.probabilities for report in reports for part in report.predictions]
+    probabilities = np.concatenate([part.probabilities for report in reports for part in report.predictions])
     columns += [
         pl.Series("request_id", np.repeat(request_ids, counts).tolist(), pl.String),
         pl.Series("request_row", np.concatenate([np.arange(count) for count in counts])),
         times_us.cast(pl.Datetime("us", "UTC")).alias("requested_at"),
-        pl.Series("prediction", np.concatenate(probabilities)),
+        *(pl.Series(name, of) for name, of in schema.by_label(probabilities, "prediction").items()),
         pl.Series("model_version", [model.version]).new_from_index(0, frame.height),
     ]
     return pl.DataFrame(columns)

@@ -32,13 +32,13 @@ from torchdlrm.serving.front.open_inference.tensors import BYTES, Tensor, check_
 from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values
 
 DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
-OUTPUT = "prediction"
+OUTPUT = "prediction"  # of the first label; that of another is OUTPUT_LABEL
 PLATFORM = "torchdlrm"
 _FEW_ROWS = 16
 
 
 def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, Any]:
-    """Describe the model as the protocol does: an input for each column, and the output."""
+    """Describe the model as the protocol does: an input for each column, and an output for each label."""
     inputs = [
         {
             "name": column.name,
@@ -52,7 +52,7 @@ def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, 
         "versions": [version],
         "platform": PLATFORM,
         "inputs": inputs,
-        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1]}],
+        "outputs": [{"name": of, "datatype": "FP32", "shape": [-1]} for of in schema.label_columns(OUTPUT)],
     }
 
 

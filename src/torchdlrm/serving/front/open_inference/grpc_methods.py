@@ -78,11 +78,13 @@ async def _infer(service: Service, request: Any, context: Context, request_id: s
     response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
     if served.bundle.period is not None:
         response.parameters["period"].int64_param = served.bundle.period
-    output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(predicted.probabilities)])
-    if request.raw_input_contents:
-        response.raw_output_contents.append(predicted.probabilities.astype("<f4").tobytes())
-    else:
-        output.contents.fp32_contents.extend(predicted.probabilities.tolist())
+    found = served.schema.by_label(predicted.probabilities, OUTPUT)
+    for name in dict.fromkeys(asked.name for asked in request.outputs) or found:
+        output = response.outputs.add(name=name, datatype="FP32", shape=[len(found[name])])
+        if request.raw_input_contents:
+            response.raw_output_contents.append(found[name].astype("<f4").tobytes())
+        else:
+            output.contents.fp32_contents.extend(found[name].tolist())
     return response
 
 
@@ -108,10 +110,10 @@ def _rows(request: Any, schema: FeatureSchema, max_rows: int) -> Rows:
     raw: Sequence[bytes] = request.raw_input_contents
     check_id(request.id)
     check_parameters(request.parameters, "the request")
-    check_num_outputs(len(request.outputs))
+    check_num_outputs(len(request.outputs), there := schema.label_columns(OUTPUT))
     for output in request.outputs:
         check_parameters(output.parameters, "an output")
-        check_output(output.name, {name: _value(given) for name, given in output.parameters.items()})
+        check_output(output.name, {name: _value(given) for name, given in output.parameters.items()}, there)
     if raw and len(raw) != len(items):
         msg = f"raw_input_contents: {len(raw):,} pieces for {len(items):,} inputs; each input needs one"
         raise bad_request(msg)

@@ -5,7 +5,7 @@ header `Inference-Header-Content-Length` the JSON is that many bytes long, and t
 `binary_data_size` follow it in the order of the inputs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,13 @@ class InferRequest:
     Attributes:
         rows: as `rows_of_tensors` gives them.
         request_id: comes back with the answer, if there is one.
-        is_binary: whether the predictions are sent as bytes.
+        outputs: those that are wanted, and whether each is sent as bytes.
         timeout_us: the client's own deadline, if it has one.
     """
 
     rows: Rows
     request_id: str | None
-    is_binary: bool
+    outputs: Mapping[str, bool]
     timeout_us: int | None
 
 
@@ -84,27 +84,33 @@ def parse_infer(
         msg = f"{len(rest):,} bytes follow the JSON, but the inputs' binary_data_size account for {position:,}"
         raise bad_request(msg)
     parameters = _parameters(request, "the request")
-    request_id, is_binary = check_id(request.get("id")), _wants_binary(request, parameters)
+    request_id, outputs = check_id(request.get("id")), _wanted_outputs(request, parameters, schema)
     timeout_us = _timeout_us(parameters)
-    return InferRequest(rows_of_tensors(tensors, inputs), request_id, is_binary, timeout_us)
+    return InferRequest(rows_of_tensors(tensors, inputs), request_id, outputs, timeout_us)
 
 
 def format_infer(
     model: str, bundle: Bundle, request: InferRequest, probabilities: NDArray[np.float32]
 ) -> tuple[bytes, dict[str, str]]:
-    """Format the body of the answer to a request, by a bundle, with probabilities float32 [N], and its headers."""
-    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [len(probabilities)]}
-    answer: dict[str, Any] = {"model_name": model, "model_version": bundle.version, "outputs": [output]}
+    """Format the body of the answer to a request, by a bundle, with float32 probabilities, and its headers."""
+    found, data = bundle.schema.by_label(probabilities, OUTPUT), b""
+    outputs: list[dict[str, Any]] = [
+        {"name": name, "datatype": "FP32", "shape": [len(probabilities)]} for name in request.outputs
+    ]
+    answer: dict[str, Any] = {"model_name": model, "model_version": bundle.version, "outputs": outputs}
     if bundle.period is not None:
         answer["parameters"] = {"period": bundle.period}
     if request.request_id is not None:
         answer["id"] = request.request_id
-    if not request.is_binary:
-        output["data"] = probabilities
-        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), {"Content-Type": "application/json"}
-    data = probabilities.astype("<f4").tobytes()
-    output["parameters"] = {"binary_data_size": len(data)}
-    header = orjson.dumps(answer)
+    for output, (name, is_binary) in zip(outputs, request.outputs.items(), strict=True):
+        if is_binary:
+            output["parameters"] = {"binary_data_size": 4 * len(probabilities)}
+            data += found[name].astype("<f4").tobytes()
+        else:
+            output["data"] = found[name]
+    header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not any(request.outputs.values()):
+        return header, {"Content-Type": "application/json"}
     return header + data, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
 
 
@@ -139,36 +145,44 @@ def check_id(request_id: object) -> str | None:
     raise bad_request(msg)
 
 
-def _wants_binary(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> bool:
-    wanted = _flag(parameters.get("binary_data_output"), "binary_data_output")
+def _wanted_outputs(
+    request: Mapping[str, Any], parameters: Mapping[str, Any], schema: FeatureSchema
+) -> Mapping[str, bool]:
+    is_binary, there = _flag(parameters.get("binary_data_output"), "binary_data_output"), schema.label_columns(OUTPUT)
     outputs = request.get("outputs")
     if outputs is None or outputs == []:
-        return wanted
+        return dict.fromkeys(there, is_binary)
     if not isinstance(outputs, list):
         raise bad_request("outputs: needs a list")
-    check_num_outputs(len(outputs))
+    check_num_outputs(len(outputs), there)
+    wanted = {}
     for item in outputs:
         output = _object(item, "an output")
         own = _parameters(output, "an output")
-        check_output(output.get("name"), own)
-        wanted = _flag(own.get("binary_data", wanted), "binary_data")
+        name = check_output(output.get("name"), own, there)
+        wanted[name] = _flag(own.get("binary_data", is_binary), "binary_data")
     return wanted
 
 
-def check_num_outputs(num_outputs: int) -> None:
+def check_num_outputs(num_outputs: int, there: Sequence[str]) -> None:
     """Refuse a client that asks for more outputs than there are."""
-    if num_outputs > 1:
-        msg = f"outputs: {num_outputs:,} are asked for, and there is one, {OUTPUT!r}"
+    if num_outputs > len(there):
+        msg = f"outputs: {num_outputs:,} are asked for, and there {_are(there)}"
         raise bad_request(msg)
 
 
-def check_output(name: object, parameters: Mapping[str, Any]) -> None:
-    """Refuse a client that asks for another output, or for another form of it."""
-    if name != OUTPUT:
-        msg = f"outputs: {shown(name)} is none; the only output is {OUTPUT!r}"
+def check_output(name: object, parameters: Mapping[str, Any], there: Sequence[str]) -> str:
+    """Refuse a client that asks for another output than there are, or for another form of it; return its name."""
+    if not isinstance(name, str) or name not in there:
+        msg = f"outputs: {shown(name)} is none; there {_are(there)}"
         raise bad_request(msg)
     if parameters.get("classification"):
         raise bad_request("outputs: classification is not offered; a prediction is one probability")
+    return name
+
+
+def _are(outputs: Sequence[str]) -> str:
+    return f"is one, {outputs[0]!r}" if len(outputs) == 1 else f"are {', '.join(map(repr, outputs))}"
 
 
 def check_parameters(names: Iterable[str], what: str) -> None:

@@ -53,8 +53,9 @@ export function startFile(schema, onError) {
       if (log.rows.length === 0) throw new Error(`${file.name} holds no rows.`);
       const note = `${file.name}: ${log.description}`;
       byId("file-note").textContent = note;
-      const predictions = await predictRows(log, signal, note);
-      scored = { ...log, predictions, name: file.name };
+      const more = Object.fromEntries((schema.labels ?? []).slice(1).map((label) => [label, []]));
+      const predictions = await predictRows(log, signal, note, more);
+      scored = { ...log, predictions, more, name: file.name };
       byId("file-note").textContent = note;
       show();
     } catch (error) {
@@ -67,7 +68,8 @@ export function startFile(schema, onError) {
     }
   }
 
-  async function predictRows(log, signal, note) {
+  /** Those of the first label; those of others go into `more`, by label. */
+  async function predictRows(log, signal, note, more) {
     const predictions = [];
     let batchRows = Math.min(BATCH_ROWS, schema.max_rows);
     const onWait = (waitS) => { byId("file-note").textContent = `${note} · the server is full, trying again in ${waitS} s`; };
@@ -77,6 +79,7 @@ export function startFile(schema, onError) {
       try {
         const answer = await postPredictPatiently(`{"rows":[${rows.join(",")}]}`, signal, onWait);
         predictions.push(...answer.predictions);
+        for (const label of Object.keys(more)) more[label].push(...answer.labels[label]);
       } catch (error) {
         if (error.status === 413 && batchRows > 1) { // rows of this log are longer than the server takes in a request
           batchRows = Math.floor(batchRows / 2);
@@ -115,21 +118,23 @@ export function startFile(schema, onError) {
   }
 
   function drawPage(number) {
-    const { columns, labels, lines, predictions, rows } = scored;
+    const { columns, labels, lines, more, predictions, rows } = scored;
     const last = Math.ceil(rows.length / PAGE_ROWS) - 1;
     page = Math.max(0, Math.min(number, last));
     const start = page * PAGE_ROWS, end = Math.min(start + PAGE_ROWS, rows.length);
-    const names = ["line", "prediction", ...(labels ? ["label"] : []), ...columns.map((column) => column.name)];
     const body = element("tbody");
     for (let i = start; i < end; i++) {
-      const cells = [...(labels ? [labels[i] ?? ""] : []), ...columns.map((column) => rows[i].get(column.name))];
+      const cells = [
+        ...Object.values(more).map((of) => percent(of[i])), ...(labels ? [labels[i] ?? ""] : []),
+        ...columns.map((column) => rows[i].get(column.name)),
+      ];
       body.append(element("tr", {},
         element("th", { scope: "row", textContent: lines[i] }),
         element("td", { className: "strong" }, element("data", { value: predictions[i], textContent: percent(predictions[i]) })),
         ...cells.map((cell) => element("td", { textContent: cell }))));
     }
     byId("score-table").replaceChildren(
-      element("thead", {}, element("tr", {}, ...names.map((name) => element("th", { scope: "col", textContent: name })))), body);
+      element("thead", {}, element("tr", {}, ...headOf(scored).map((name) => element("th", { scope: "col", textContent: name })))), body);
     byId("pages").hidden = last === 0;
     byId("page-note").textContent = `${(start + 1).toLocaleString("en")} to ${end.toLocaleString("en")} of ${count(rows.length, "row")}`;
     byId("previous").disabled = page === 0;
@@ -158,13 +163,19 @@ async function textOf(file) {
   return new Response(file.stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
-function download({ columns, labels, lines, name, predictions, rows }) {
+function headOf({ columns, labels, more }) {
+  const others = Object.keys(more).map((label) => `prediction_${label}`);
+  return ["line", "prediction", ...others, ...(labels ? ["label"] : []), ...columns.map((column) => column.name)];
+}
+
+function download(scored) {
+  const { columns, labels, lines, more, name, predictions, rows } = scored;
   const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const head = ["line", "prediction", ...(labels ? ["label"] : []), ...columns.map((column) => column.name)];
-  const csv = [head.join(",")];
+  const csv = [headOf(scored).join(",")];
   rows.forEach((row, i) => {
     const cells = columns.map((column) => quoted(row.get(column.name)));
-    csv.push([lines[i], predictions[i], ...(labels ? [labels[i] ?? ""] : []), ...cells].join(","));
+    const probabilities = [predictions[i], ...Object.values(more).map((of) => of[i])];
+    csv.push([lines[i], ...probabilities, ...(labels ? [labels[i] ?? ""] : []), ...cells].join(","));
   });
   const address = URL.createObjectURL(new Blob([`${csv.join("\n")}\n`], { type: "text/csv" }));
   element("a", { href: address, download: `${name.replace(/(\.(tsv|csv|txt|gz))+$/i, "")}-scores.csv` }).click();

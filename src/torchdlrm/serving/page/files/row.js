@@ -100,6 +100,8 @@ export function startRow(schema, onError) {
       const { explanations: [answer], model, version, period } = await postExplain(`[${rowJson(features, row)}]`, signal);
       byId("model").replaceChildren(...modelLine(model, version, period));
       showProbability(answer.prediction, event);
+      const [, ...others] = Object.entries(answer.labels ?? {});
+      byId("labels").textContent = others.map(([name, probability]) => `${name}: ${percent(probability)}`).join(" · ");
       contributions = Object.entries(answer.contributions).map(([name, adds]) => ({
         name, value: row.get(name), difference: answer.prediction - 1 / (1 + Math.exp(adds - answer.logit)),
       }));
@@ -110,6 +112,7 @@ export function startRow(schema, onError) {
       if (error.name === "AbortError") return;
       if (error.status === 401) onError(error);
       showProbability(null, event);
+      byId("labels").textContent = "";
       showError(error.message);
       contributions = [];
       drawContributions();
