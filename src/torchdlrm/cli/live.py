@@ -161,7 +161,9 @@ def _print_record(record: "PeriodRecord") -> None:
         judged["log, old model"] = record.progressive.all
         judged["- values known"] = record.progressive.known
         judged["- values unknown"] = record.progressive.unseen
+        judged |= {f"{label}, old model": metrics for label, metrics in record.progressive.labels.items()}
     judged |= {"held back, old model": record.gate.old, "held back, new model": record.gate.new}
+    judged |= {f"- {label}": metrics for label, metrics in record.gate.labels.items()}
     rows = [
         {"": what, "rows": show_number(metrics["rows"], 0)} | metric_cells(metrics)
         for what, metrics in judged.items()

@@ -41,7 +41,7 @@ SourceKind = Literal["run", "bundle", "period", "file"]
 TAKES: Mapping[SourceKind, Sequence[str]] = {
     "run": ("dataset", "split", "checkpoint", "sharding", "label"),
     "bundle": ("dataset", "split", "label"),
-    "period": (),
+    "period": ("label",),
     "file": ("label", "weight"),
 }
 SCORES_NAME = "scores.parquet"  # in the folder of a period
@@ -155,8 +155,9 @@ def predicted_rows(
             raise ConfigError(msg)
     if isinstance(source, Path) and kind == "period":
         names = pl.scan_parquet(source / SCORES_NAME).collect_schema().names()
-        targets = names[: names.index(PREDICTION_COLUMN)]  # the label, and perhaps the weight
-        return _rows_of_file(source / SCORES_NAME, source.name, asked, *targets)
+        first, *more = names[: names.index(PREDICTION_COLUMN)]  # the labels, and perhaps the weight
+        weights = [name for name in more if f"{LOGIT_COLUMN}_{name}" not in names]
+        return _rows_of_file(source / SCORES_NAME, source.name, asked, asked.label or first, *weights)
     if isinstance(source, Path) and kind == "file":
         return _rows_of_file(source, source.name, asked, asked.label or "label", asked.weight)
     from torchdlrm.evaluation.split_rows import rows_of_bundle, rows_of_run  # noqa: PLC0415 - with torch
@@ -172,7 +173,8 @@ def _rows_of_file(path: Path, name: str, asked: Asked, label: str, weight: str |
         lazy = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema_length=None)
         there = lazy.collect_schema().names()
         weight = "weight" if weight is None and "weight" in there else weight
-        score = LOGIT_COLUMN if LOGIT_COLUMN in there else PREDICTION_COLUMN
+        scores = (f"{LOGIT_COLUMN}_{label}", f"{PREDICTION_COLUMN}_{label}", LOGIT_COLUMN)  # of several labels
+        score = next((column for column in scores if column in there), PREDICTION_COLUMN)
         wanted = [("label", label), ("weight", weight), ("group", group), ("", score)]
         for argument, column in [*wanted, *(("", column) for column in columns)]:
             if column and column not in there:
@@ -181,7 +183,7 @@ def _rows_of_file(path: Path, name: str, asked: Asked, label: str, weight: str |
                 raise UserError(msg)
         clicked, scored = pl.col(label).cast(pl.Float64), pl.col(score).cast(pl.Float64)
         is_wrong = ~clicked.is_in([0.0, 1.0])
-        if score == PREDICTION_COLUMN:
+        if score.startswith(PREDICTION_COLUMN):
             is_wrong |= (scored < 0) | (scored > 1)
             scored = scored.clip(1e-300, 1 - 1e-16)
             scored = scored.log() - (-scored).log1p()

@@ -80,12 +80,14 @@ def dataset_of(bundle: Bundle, dataset: Dataset | str | Path | None) -> Dataset:
 def predict_by_bundle(
     bundle: Bundle, dataset: Dataset, split: str, progress: ProgressListener, *, phase: str = "evaluate"
 ) -> Predictions:
-    """Labels, logits and weights of a split's rows as a bundle predicts them."""
+    """Labels, logits and weights of a split's rows as a bundle predicts them; of L labels [N, L]."""
     model, targets = ServedModel(bundle), dataset.schema.target_names
     with reported(bundle.shape.architecture):
         logits, *found = predict_by_model(model, dataset, split, targets, progress, phase=phase)
-    labels, *weights = (values.astype(np.float32) for values in found)
-    return Predictions(labels, logits, *weights)
+    columns = [values.astype(np.float32) for values in found]
+    num_labels = len(dataset.schema.learnt)
+    labels = columns[0] if num_labels == 1 else np.stack(columns[:num_labels], axis=1)
+    return Predictions(labels, logits, *columns[num_labels:])
 
 
 def predict_split(

@@ -343,7 +343,7 @@ class _Period:
                 f"{asked}: left out, not better by more than chance" if found is None else f"{found}: {found.verdict}"
             )
         return PeriodRecord(
-            format_version=2 if recalibration is None else 3,
+            format_version=4 if gate.labels else 2 if recalibration is None else 3,
             period=draft.period,
             base=draft.base,
             logs=draft.logs,

@@ -76,11 +76,14 @@ def require_fit(model: LiveModel, learnt: int | None, config: Config, given: Con
         raise LiveError("\n  ".join([head, *problems]))
 
 
-def require_label(model: LiveModel, base: int | None, label: str) -> None:
-    """See that the label is the one of the base, which scores and gate are about."""
-    learnt = label if base is None else BundleManifest.read(model.bundle(base)).feature_schema.label.name
-    if label != learnt:
-        msg = f"`config`: train.label is {label}, and the model of period {base} has learnt {learnt}; give it that one"
+def require_labels(model: LiveModel, base: int | None, labels: Sequence[str]) -> None:
+    """See that the labels are those of the base, which scores and gate are about."""
+    if base is None:
+        return
+    learnt = [label.name for label in BundleManifest.read(model.bundle(base)).feature_schema.learnt]
+    if [*labels] != learnt:
+        key, given, was = "train.label" if len(labels) == 1 else "train.labels", ", ".join(labels), ", ".join(learnt)
+        msg = f"`config`: {key} is {given}, and the model of period {base} has learnt {was}; give it that one"
         raise LiveError(msg)
 
 

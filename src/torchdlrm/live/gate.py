@@ -2,8 +2,9 @@
 
 In: a log and the bundle of the previous model, which the log has taught nothing yet; then rows of it that were held
 back from learning, and the candidate's bundle.  Out: `scores.parquet`, a row for each row of the log in its order:
-label, weight (if rows have one), `prediction`, `logit` and `has_unknown` (whether a value of the row has no id), of a
-bad row all null; metrics, and a `GateRecord`.
+labels, weight (if rows have one), `prediction`, `logit` and `has_unknown` (whether a value of the row has no id), of a
+bad row all null; metrics, and a `GateRecord`.  Of several labels each has a prediction and a logit, and the first is
+the one that models are judged by.
 """
 
 import math
@@ -73,7 +74,8 @@ def score_log(
 
 def read_scores(path: Path, schema: FeatureSchema) -> pl.DataFrame:
     """The good rows of a file of scores, N in the order of the log, without their predictions as probabilities."""
-    return pl.read_parquet(path, columns=[*schema.target_names, LOGIT_COLUMN, HAS_UNKNOWN_COLUMN]).drop_nulls()
+    logits = schema.label_columns(LOGIT_COLUMN)
+    return pl.read_parquet(path, columns=[*schema.target_names, *logits, HAS_UNKNOWN_COLUMN]).drop_nulls()
 
 
 def progressive_metrics(scores: pl.DataFrame, schema: FeatureSchema) -> ProgressiveMetrics:
@@ -87,13 +89,15 @@ def progressive_metrics(scores: pl.DataFrame, schema: FeatureSchema) -> Progress
         all=metrics_of_scores(scores, schema),
         known=of(scores.filter(~pl.col(HAS_UNKNOWN_COLUMN))),
         unseen=of(scores.filter(HAS_UNKNOWN_COLUMN)),
+        labels={label.name: metrics_of_scores(scores, schema, label.name) for label in schema.learnt[1:]},
     )
 
 
-def metrics_of_scores(scores: pl.DataFrame, schema: FeatureSchema) -> PeriodMetrics:
-    """The metrics of scores, as `read_scores` gives them."""
-    labels, *weights = (scores[name].to_numpy() for name in schema.target_names)
-    return period_metrics(labels, scores[LOGIT_COLUMN].to_numpy(), *weights)
+def metrics_of_scores(scores: pl.DataFrame, schema: FeatureSchema, label: str | None = None) -> PeriodMetrics:
+    """The metrics of scores, as `read_scores` gives them, of a label; the first when not given."""
+    logit = LOGIT_COLUMN if label is None else f"{LOGIT_COLUMN}_{label}"
+    weights = None if schema.weight is None else scores[schema.weight.name].to_numpy()
+    return period_metrics(scores[label or schema.label.name].to_numpy(), scores[logit].to_numpy(), weights)
 
 
 def period_names() -> list[str]:
@@ -140,8 +144,9 @@ def judge(
         LogError: the log was another one when it was scored.
     """
     schema, kept = dataset.schema, slice(None) if candidate.manifest.recalibration is None else JUDGED
-    predictions = predict_by_bundle(candidate, dataset, "val", progress, phase="gate")
-    judged = rows_of(Judged.of(*predictions), kept)
+    names = [label.name for label in schema.learnt]
+    predictions = predict_by_bundle(candidate, dataset, "val", progress, phase="gate").by_label(names)
+    judged, *others = (rows_of(Judged.of(*of), kept) for of in predictions.values())
     new = period_metrics(judged.labels, judged.logits, judged.weights)
     old = increase = increase_error = None
     if scores is not None:
@@ -161,6 +166,9 @@ def judge(
         logloss_increase_standard_error=increase_error,
         passed=True,
         reasons=(),
+        labels={
+            name: period_metrics(of.labels, of.logits, of.weights) for name, of in zip(names[1:], others, strict=True)
+        },
     )
     reasons = tuple(objections(gate, settings))
     return gate.model_copy(update={"passed": not reasons, "reasons": reasons})

@@ -18,7 +18,7 @@ from torchdlrm.live.changes import (
     choose_schema,
     require_class,
     require_fit,
-    require_label,
+    require_labels,
 )
 from torchdlrm.live.logs import PeriodLog, find_log, is_same, learnt_already, require_readable
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, RUN_NAME, SETTINGS_NAME, Draft, LiveModel
@@ -139,7 +139,7 @@ def preview_advance(
         require_readable(log, columns, chosen.max_bad_rows)
     check_trackers(of_runs.logging.trackers)
     _require_base(model, draft)
-    require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
+    require_labels(model, draft.base, of_runs.train.label_names or (columns.labels[0].name,))
     architecture = architecture_of(of_runs.model, model_class, may_have_changed=allow_changed_model_class)
     require_class(model, draft, of_runs, architecture)
     step = begun_again(model, draft, log.records, chosen, of_runs, architecture)

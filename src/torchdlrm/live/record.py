@@ -46,11 +46,13 @@ class ProgressiveMetrics(_Frozen):
         all: of all rows.
         known: of the rows whose values the model's vocabularies all have; None where there are no such rows.
         unseen: of the other rows; None where there are none.
+        labels: of all rows, each label but the first, by its name.
     """
 
     all: PeriodMetrics
     known: PeriodMetrics | None
     unseen: PeriodMetrics | None
+    labels: dict[str, PeriodMetrics] = Field({}, exclude_if=lambda labels: not labels)
 
 
 class FeatureRecord(_Frozen):
@@ -84,6 +86,7 @@ class GateRecord(_Frozen):
         logloss_increase_standard_error: of the mean of the rows' differences.
         passed: whether it was good enough.
         reasons: sentences that say why not.
+        labels: how the candidate predicts each label but the first, by its name; it is not judged by these.
     """
 
     rows: int
@@ -94,6 +97,7 @@ class GateRecord(_Frozen):
     logloss_increase_standard_error: float | None
     passed: bool
     reasons: tuple[str, ...]
+    labels: dict[str, PeriodMetrics] = Field({}, exclude_if=lambda labels: not labels)
 
 
 class PeriodRecord(_Frozen):
@@ -115,7 +119,8 @@ class PeriodRecord(_Frozen):
     """
 
     format: Literal["torchdlrm-period"] = "torchdlrm-period"
-    format_version: Literal[1, 2, 3] = 2  # 1 had the metrics of its time, and no others; 3 has a `recalibration`
+    # 1 had the metrics of its time, and no others; 3 has a `recalibration`, 4 several labels.
+    format_version: Literal[1, 2, 3, 4] = 2
     period: int
     base: int | None
     logs: tuple[LogRecord, ...]

@@ -83,6 +83,8 @@ def _cards(periods: Sequence[PeriodRecord], current: int | None) -> Iterator[tup
         for metric in metrics_in("table"):
             if metric.target is not None:
                 yield f"{metric.label} of period {period}", _shown(metrics, metric)
+        for label, others in _labels(periods[-1]).items():
+            yield f"{best.label} of {label}, period {periods[-1].period}", _shown(others, best)
     failed = sum(not record.gate.passed for record in periods)
     if failed:
         yield "periods that did not pass the gate", f"{failed:,}"
@@ -91,6 +93,11 @@ def _cards(periods: Sequence[PeriodRecord], current: int | None) -> Iterator[tup
 def _metrics(record: PeriodRecord, rows: str = "all") -> PeriodMetrics:
     """What is known of these rows of a log before it was learnt from; empty where nothing is."""
     return getattr(record.progressive, rows, None) or {}
+
+
+def _labels(record: PeriodRecord) -> Mapping[str, PeriodMetrics]:
+    """The same of each label but the first, of all rows."""
+    return {} if record.progressive is None else record.progressive.labels
 
 
 def _shown(metrics: PeriodMetrics, metric: Metric, end: str = "") -> str:
@@ -240,6 +247,7 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
         "rows": f"{record.rows:,}",
         "click rate": show_number(record.clicks / record.rows if record.rows else None, 4),
         **shown,
+        **{f"{METRICS[BEST].label} {label}": _shown(of, METRICS[BEST]) for label, of in _labels(record).items()},
         "unknown %": show_number(_mean_unseen_percent(record), 2),
         "gate: before": _shown(record.gate.old or {}, loss),
         "gate: after": _shown(record.gate.new, loss),

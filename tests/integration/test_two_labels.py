@@ -1,0 +1,86 @@
+"""A model of two labels after its training: a live model, a delta, what is judged by label, and what is refused."""
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from helpers import two_labels
+from helpers.live_models import WIDE
+from torchdlrm import LiveSettings, Predictor, advance, evaluate, export
+from torchdlrm.bundle.apply import DELTA_NAMES, apply_delta, write_delta
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.delta import Delta
+from torchdlrm.bundle.patched_bundle import PatchedBundle
+from torchdlrm.bundle.write import complete_folder
+from torchdlrm.errors import BundleError, ConfigError, LiveError, RunError
+from torchdlrm.exporting.formats import export_as
+from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.live.preview import preview_advance
+from torchdlrm.live.record import PeriodRecord
+from torchdlrm.progress import SILENT
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """Two periods."""
+    folder = tmp_path_factory.mktemp("shop") / "live"
+    how = {"schema": two_labels.SCHEMA, "settings": LiveSettings(gate=WIDE), "progress": False}
+    for day in (1, 2):
+        log = two_labels.write_log(folder.with_name(f"{day}.tsv"), seed=day, num_rows=800)
+        advance(folder, log, config=two_labels.config(**two_labels.HEADS["after"]), **how)
+    return folder
+
+
+def test_a_period_scores_every_label_and_is_judged_by_the_first(live):
+    record, scores = PeriodRecord.read(live / "days/0002"), pl.read_parquet(live / "days/0002/scores.parquet")
+    assert record.published
+    assert record.format_version == 4
+    assert record.clicks == scores["click"].sum()
+    for name, end, metrics in (
+        ("click", "", record.progressive.all),
+        ("purchase", "_purchase", record.progressive.labels["purchase"]),
+    ):
+        logit = scores[f"logit{end}"].to_numpy().astype(float)
+        np.testing.assert_allclose(1 / (1 + np.exp(-logit)), scores[f"prediction{end}"], atol=1e-6)
+        assert metrics["auc"] == pytest.approx(roc_auc_score(scores[name], logit))
+        assert metrics["logloss"] == pytest.approx(log_loss(scores[name], 1 / (1 + np.exp(-logit))))
+        asked = evaluate(live / "days/0002", label=name, progress=False)
+        assert (asked["label"], asked["auc"]) == (name, pytest.approx(metrics["auc"]))
+    assert record.gate.labels["purchase"]["rows"] == record.gate.rows
+    whole = evaluate(live / "bundles/0002", live / "days/0002/dataset", "val", progress=False)
+    assert whole["auc"] == pytest.approx(record.gate.new["auc"])
+    assert whole["labels"]["purchase"]["auc"] == pytest.approx(record.gate.labels["purchase"]["auc"])
+
+
+def test_a_delta_brings_every_label(live, tmp_path):
+    base, full = (live / "bundles" / number for number in ("0001", "0002"))
+    with complete_folder(tmp_path / "delta", DELTA_NAMES) as folder:
+        write_delta(base, full, folder, SILENT)
+    apply_delta(base, tmp_path / "delta", tmp_path / "applied")
+    assert (tmp_path / "applied/bundle.json").read_bytes() == (full / "bundle.json").read_bytes()
+    rows = [{"price": 4.5, "item": "7", "city": "Ulm"}, {"item": "ffff"}]
+    patched = Predictor(PatchedBundle(Bundle.open(base), Delta.open(tmp_path / "delta")))
+    np.testing.assert_array_equal(patched.predict(rows), Predictor.open(full).predict(rows))
+    patched.check_sample()
+
+
+def test_what_a_model_of_several_labels_cannot(live, tmp_path):
+    run, dataset = live / "days/0002/run", live / "days/0002/dataset"
+    with pytest.raises(ConfigError, match="is for a model of one label"):
+        export(run, tmp_path / "b", options=ExportOptions(recalibrate="platt"), dataset=dataset, progress=False)
+    with pytest.raises(BundleError, match="it predicts several labels"):
+        export_as(live / "bundles/0002", tmp_path / "m.onnx", "onnx")
+    with pytest.raises(RunError, match="has several labels"):
+        export_as(run, tmp_path / "m.pt", "torchrec", dataset=dataset)
+    other = two_labels.config(**{"train.labels": "purchase,click"}, **two_labels.HEADS["after"])
+    with pytest.raises(LiveError, match=r"train.labels: is \['purchase', 'click'\]"):
+        preview_advance(live, two_labels.write_log(tmp_path / "log.tsv", seed=3), config=other)
+
+
+def test_files_of_predictions_are_judged_by_the_label_that_is_asked_for(live, tmp_path):
+    scores = pl.read_parquet(live / "days/0002/scores.parquet").select("click", "purchase", r"^prediction.*$")
+    scores.write_parquet(tmp_path / "joined.parquet")
+    for name, column in (("click", "prediction"), ("purchase", "prediction_purchase")):
+        found = evaluate(tmp_path / "joined.parquet", label=name, progress=False)
+        assert found["auc"] == pytest.approx(roc_auc_score(scores[name], scores[column]))
