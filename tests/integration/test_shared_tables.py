@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from helpers.days import config
+from helpers.days import config, last_state
 from helpers.live_models import CONFIG, WIDE, files_of
 from helpers.predicted import rows_of_request
 from helpers.raw_logs import checksums
@@ -244,6 +244,21 @@ def test_values_stay_while_a_column_has_them_and_deltas_give_the_bytes_of_the_wh
     today = Dataset.open(live.day(2) / "dataset")
     assert len(today.reset_ids("item")) > 10
     assert (live.periods[1].features["item"].expired, live.periods[1].features["seen"].expired) > (10, 0)
+    # Rows of ids that another value has now begin as those of a fresh run.
+    frozen = CONFIG.model_copy(
+        update={
+            "train": CONFIG.train.model_copy(update={"freeze": ("tables",), "max_steps": 1}),
+            "warm_start": CONFIG.warm_start.model_copy(update={"checkpoint": "last"}),
+        }
+    )
+    train(frozen, today, tmp_path / "later", from_run=live.day(1) / "run")
+    train(frozen, today, tmp_path / "fresh")
+    folders = (live.day(1) / "run", tmp_path / "later", tmp_path / "fresh")
+    weights = [last_state(run, tmp_path / f"state-{i}") for i, run in enumerate(folders)]
+    before, later, expected = (next(of[name] for name in of if name.endswith("t_item.weight")) for of in weights)
+    kept = np.setdiff1d(np.arange(len(before)), today.reset_ids("item"))
+    expected[kept] = before[kept]
+    assert np.array_equal(later, expected)
     for before in (1, 2):
         base, full, delta = live.bundle(before), live.bundle(before + 1), tmp_path / f"delta-{before}"
         delta.mkdir()
