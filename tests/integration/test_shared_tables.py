@@ -16,7 +16,7 @@ from helpers.days import config, last_state
 from helpers.live_models import CONFIG, WIDE, files_of
 from helpers.predicted import rows_of_request
 from helpers.raw_logs import checksums
-from torchdlrm import ExportOptions, LiveModel, LiveSettings, Predictor, advance, export, train
+from torchdlrm import ExportOptions, Feature, LiveModel, LiveSettings, Predictor, Table, advance, export, train
 from torchdlrm.bundle.apply import apply_delta, write_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.delta import Delta
@@ -33,6 +33,7 @@ from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema, SplitRule
+from torchdlrm.features.tables import feature_tables, table_problems
 from torchdlrm.insight.tables import table_uses
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader
@@ -225,6 +226,16 @@ def test_a_shared_table_has_one_precision_and_an_export_is_known_again(run, logs
     wrong.write(logs / f"{precision}-wrong")
     with pytest.raises(BundleError, match=r"sparse\.seen: has another table or vocabulary than item, which it shares"):
         BundleManifest.read(logs / f"{precision}-wrong")
+
+
+def test_a_table_that_a_class_asks_for_twice_is_one():
+    features = [Feature("item", 9), Feature("seen", 9, table="item")]
+    alike = [Table("item", 1, "wide"), Table("seen", 1, "wide")]
+    assert not [*table_problems(alike, features)]
+    keys = feature_tables(CONFIG.model, features, alike)
+    assert [key.table_key for key in keys] == ["item", "item@wide", "item", "item@wide"]
+    (problem,) = table_problems([alike[0], Table("seen", 1, "wide", frozen=True)], features)
+    assert "is also that of item, with the same init and frozen" in problem
 
 
 def test_values_stay_while_a_column_has_them_and_deltas_give_the_bytes_of_the_whole_export(tmp_path):

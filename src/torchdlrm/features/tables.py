@@ -97,9 +97,13 @@ class Table:
 
 def table_problems(asked: Sequence[Table], features: Sequence[Feature]) -> Iterator[str]:
     """What is wrong about tables that were asked for."""
-    dims = {table.group: table.dim for table in asked}
+    dims, owners = {table.group: table.dim for table in asked}, {of.name: of.table or of.name for of in features}
+    lent: dict[object, Table] = {}
     for table in asked:
-        if table.feature not in {feature.name for feature in features} or not table.group.isidentifier():
+        first = lent.setdefault((owners.get(table.feature), table.group), table)
+        if (first.init, first.frozen) != (table.init, table.frozen):
+            yield f"{table}: is also that of {first.feature}, with the same init and frozen"
+        if table.feature not in owners or not table.group.isidentifier():
             yield f"{table}: there is no such feature, or the group is no name"
         if not 1 <= table.dim <= _MAX_DIM or table.dim != dims[table.group]:
             yield f"{table}: dim must be that of its group, from 1 to {_MAX_DIM:,}"

@@ -142,7 +142,7 @@ class Trainer:
             reset_ids={
                 table.name: self._dataset.reset_ids(table.feature)
                 for table in self._shape.tables
-                if table.feature in self._source.num_reset and table.combination is None
+                if self._source.num_reset and table.combination is None
             },
             factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )
