@@ -2,11 +2,11 @@
 
     python benchmarks/better.py train.txt --folder better --seeds 10
 
-The log is cut four times, each time to its first six sevenths: a training of each cut is judged on the rows that follow
-it (val and test of the schema's rule), so four blocks of rows are judged, and none twice. Every variant trains
-`criteo-small` on each cut with the same seeds, with numbers as they are (`plain`) and also as categories (`bucketed`).
-A seed's AUC is its mean over the blocks, and that of the last block alone, which is trained on most rows. Differences
-from the first variant are paired by seed; their intervals are of Student's t over the seeds.
+A training is judged on the rows that follow it (val and test of the schema's rule, a seventh). With --blocks 4 the log
+is also cut to its first six sevenths, three times: four blocks of rows are judged then, and none twice. Every variant
+trains `criteo-small` on each cut with the same seeds, with numbers as they are (`plain`) and also as categories
+(`bucketed`). The table has a seed's mean AUC over the blocks, and that of the last block alone, before which there are
+most rows. Differences from the first variant are paired by seed; their intervals are of Student's t over the seeds.
 
 Each training appends a line to runs.jsonl in the folder; those that are there already are not repeated.
 """
@@ -37,7 +37,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchdlrm import DLRM, Dataset, InteractionArch, binary_metrics, evaluate, load_config, preprocess, train
 
 SCHEMAS = {"plain": "criteo", "bucketed": "criteo-bucketed"}
-CUTS = 4
 LINES = "runs.jsonl"
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
 AVERAGED = 8  # checkpoints, over the last 30 % of the steps
@@ -135,11 +134,12 @@ def main(variants: Mapping[str, Variant] = VARIANTS, description: str | None = _
     parser.add_argument("--folder", type=Path, default=Path("better"), help="for datasets and runs.jsonl")
     parser.add_argument("--seeds", type=int, default=10, help="trainings of each variant, dataset and cut")
     parser.add_argument("--variants", nargs="+", default=[*variants], choices=[*variants], metavar="VARIANT")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of rows that are judged")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a thread of its own")
     parser.add_argument("--json", type=Path, help="write the table here, too")
     options = parser.parse_args()
-    make_datasets(options.log, options.folder)
-    lines, asked = options.folder / LINES, set(tasks(options.variants, range(options.seeds)))
+    make_datasets(options.log, options.folder, options.blocks)
+    lines, asked = options.folder / LINES, set(tasks(options.variants, options.blocks, options.seeds))
     done = {task_of(run) for run in read(lines)}
     left = sorted(asked - done, key=lambda task: task[3])  # all of a seed, then all of the next one
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
@@ -149,15 +149,15 @@ def main(variants: Mapping[str, Variant] = VARIANTS, description: str | None = _
                 future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    table = [*rows_of([run for run in read(lines) if task_of(run) in asked], options.variants)]
+    table = [*rows_of([run for run in read(lines) if task_of(run) in asked], options.variants, options.blocks)]
     print_table(table)
     if options.json:
         options.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def tasks(variants: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, int, int]]:
+def tasks(variants: Sequence[str], blocks: int, seeds: int) -> Iterator[tuple[str, str, int, int]]:
     """Variant, dataset, cut and seed of each training."""
-    yield from itertools.product(variants, SCHEMAS, range(CUTS), seeds)
+    yield from itertools.product(variants, SCHEMAS, range(blocks), range(seeds))
 
 
 def task_of(run: Mapping[str, Any]) -> tuple[str, str, int, int]:
@@ -171,12 +171,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in found if line.endswith("}")]
 
 
-def make_datasets(log: Path, folder: Path) -> None:
+def make_datasets(log: Path, folder: Path, blocks: int) -> None:
     """The datasets of each cut: 0 is the whole log."""
     folder.mkdir(parents=True, exist_ok=True)
     with gzip.open(log, "rt") if log.suffix == ".gz" else log.open() as file:
         rows = file.readlines()
-    for cut in range(CUTS):
+    for cut in range(blocks):
         part = folder / f"{cut}.tsv"
         if not part.exists():
             part.write_text("".join(rows))
@@ -242,14 +242,14 @@ def averaged_metrics(folder: Path, path: Path, variant: Variant) -> dict[str, An
     return {"auc": found.auc, "logloss": found.logloss}
 
 
-def rows_of(runs: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows_of(runs: Sequence[Mapping[str, Any]], variants: Sequence[str], blocks: int) -> Iterator[dict[str, Any]]:
     """A row of the table for each dataset and variant: of seeds whose cuts are all there."""
     for dataset in SCHEMAS:
         baseline: dict[str, dict[int, float]] = {}
         for variant in variants:
             mine = [run for run in runs if (run["variant"], run["dataset"]) == (variant, dataset)]
             row: dict[str, Any] = {"dataset": dataset, "variant": variant}
-            for judged, cuts in (("four", range(CUTS)), ("last", range(1))):
+            for judged, cuts in (("all", range(blocks)), ("last", range(1))):
                 aucs = {
                     seed: statistics.mean(run["auc"] for run in mine if run["seed"] == seed and run["cut"] in cuts)
                     for seed in sorted({run["seed"] for run in mine})
@@ -280,10 +280,10 @@ def summary(aucs: Mapping[int, float], baseline: Mapping[int, float]) -> dict[st
 def print_table(table: Sequence[Mapping[str, Any]]) -> None:
     """Both ways of judging side by side."""
     head = f"{'mean':>7} {'sd':>6} {'spread':>6} {'difference, 95 %':>19} {'p':>6}"
-    print(f"{'':27} seeds | four blocks: {head[13:]} | last block: {head[12:]}   rows/s")
+    print(f"{'':27} seeds |  all blocks: {head[13:]} | last block: {head[12:]}   rows/s")
     for row in table:
         texts = []
-        for judged in ("four", "last"):
+        for judged in ("all", "last"):
             one = row.get(judged)
             if one is None:
                 texts.append("-")
@@ -292,7 +292,7 @@ def print_table(table: Sequence[Mapping[str, Any]]) -> None:
             if "difference" in one:
                 text += f" {one['difference']:+9.4f} +- {one['half_interval']:.4f} {one['p']:6.3f}"
             texts.append(f"{text:48}")
-        seeds, speed = row.get("four", {}).get("seeds", 0), row["rows_per_s"] or 0
+        seeds, speed = row.get("all", {}).get("seeds", 0), row["rows_per_s"] or 0
         print(f"{row['dataset']:9} {row['variant']:17} {seeds:5} | {texts[0]} | {texts[1]} {speed:8,.0f}")
 
 
