@@ -106,6 +106,8 @@ TABM_FLAT = TABM | Variant({"model.settings.reads_vectors": "true"})
 HEADS = Variant({}, f"{__file__}:Heads")
 SMALL_HEADS = HEADS | Variant({"model.settings.num_heads": 4, "model.over_arch_layer_sizes": "128,64,1"})
 RATE = Variant({"dense_optimizer.learning_rate": 0.005})
+EPOCHS = Variant({"train.epochs": 2})
+FRESH = EPOCHS | Variant({"train.fresh_tables": "true"})
 AVERAGE = Variant({}, None, is_averaged=True)
 VARIANTS = {
     "dot": Variant(),
@@ -121,6 +123,10 @@ VARIANTS = {
     "heads flat": HEADS | Variant({"model.settings.reads_vectors": "true"}),
     "scale 0.5 + decay 0.03": Variant({"model.table_init_scale": 0.5}) | decay(0.03),
     "heads + decay 0.03": HEADS | decay(0.03),
+    "two epochs": EPOCHS,
+    "fresh tables": FRESH,
+    "fresh tables + heads": FRESH | HEADS,
+    "fresh tables + decay 0.03": FRESH | decay(0.03),
     "batch 32": Variant({"train.batch_size_global": 32}),
     "tabm flat + decay + rate": TABM_FLAT | decay(0.003) | RATE,
     "tabm flat + decay + rate + average": TABM_FLAT | decay(0.003) | RATE | AVERAGE,

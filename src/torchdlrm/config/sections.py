@@ -29,6 +29,11 @@ class TrainConfig(Section):
 
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
+    fresh_tables: bool | None = Field(
+        None,
+        description="begin each epoch after the first with tables as a new run has them, while the dense parts keep "
+        "what they have learnt (arXiv:2305.18834): rows seen again are not known by heart; no when not set",
+    )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, regardless of epochs")
     device: DeviceChoice = Field(
         "auto",
@@ -352,6 +357,7 @@ def cross_checks(config: Config) -> list[str]:
     found += model.interaction_problems()
     found += model.feature_problems()
     found += _label_problems(config.train)
+    found += _fresh_tables_problems(config) if config.train.fresh_tables else []
     found += [f"model.{problem}" for problem in model.heads.problems(config.train.label_names)]
     return [*found, *_schedule_problems(config.schedule, config.stop), *_unread_settings(config)]
 
@@ -367,6 +373,17 @@ def _label_problems(train: TrainConfig) -> Iterator[str]:
     elif weights != "uncertainty" and (unknown := {*weights}.difference(labels)):
         names = ", ".join(sorted(unknown))
         yield f"train.loss_weights: {names} is not in train.labels, which are {', '.join(labels)}"
+
+
+def _fresh_tables_problems(config: Config) -> list[str]:
+    key, found = "train.fresh_tables", []
+    if config.train.epochs == 1:
+        found.append(f"{key}: there is no epoch after the first; set train.epochs = 2, or leave it out")
+    if config.train.freeze:
+        found.append(f"{key}: would change what train.freeze keeps ({', '.join(config.train.freeze)}); set one of both")
+    if config.sharding.cache_fraction is not None:
+        found.append(f"{key}: not where GPUs cache tables (sharding.cache_fraction); set one of both")
+    return found
 
 
 def _schedule_problems(schedule: ScheduleConfig, stop: StopConfig) -> list[str]:

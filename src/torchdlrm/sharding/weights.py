@@ -17,7 +17,9 @@ from torchdlrm.features.tables import FeatureTable
 _BLOCK_ROWS = 65_536
 
 
-def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTable] = (), scale: float = 1.0) -> None:
+def initialize_tables(
+    model: nn.Module, *, seed: int, parts: Sequence[FeatureTable] = (), scale: float = 1.0, epoch: int = 0
+) -> None:
     """Fill every sharded table from U(-scale/sqrt(rows), scale/sqrt(rows)).
 
     With scale 1 that is the range of TorchRec and of the paper's code.
@@ -33,6 +35,7 @@ def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTab
         seed: of the whole model; each table draws from its own stream.
         parts: tables of the model of which a feature has two, or which say their range; others may be among them.
         scale: of vectors: of two tables that are multiplied, the quotients' have it.
+        epoch: each draws other values.
     """
     pairs = {table.name: table for table in parts if table.combination is not None or table.asked is not None}
     tables = {name: value for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
@@ -48,7 +51,7 @@ def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTab
             rows, columns = shard.metadata.shard_sizes
             for block in range(first_row // _BLOCK_ROWS, -(-(first_row + rows) // _BLOCK_ROWS)):
                 start = block * _BLOCK_ROWS
-                generator = np.random.default_rng([seed, table_index, block])
+                generator = np.random.default_rng([seed, table_index, block, *[epoch] * (epoch > 0)])
                 values = generator.random((min(_BLOCK_ROWS, num_rows - start), dim), dtype=np.float32)
                 values *= 2  # in place: what is freed stays with the process
                 values *= bound

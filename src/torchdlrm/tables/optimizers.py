@@ -1,6 +1,7 @@
 """The optimizers of the tables, which run inside their backward: their settings, and where each runs."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -111,6 +112,13 @@ def set_steps_done(kernels: Iterable[SplitTableBatchedEmbeddingBagsCodegen], ste
     for kernel in kernels:
         kernel.iter.fill_(steps)  # FBGEMM's forward adds one, or our update
         kernel.iter_cpu.fill_(steps)
+
+
+def clear_states(model: nn.Module) -> None:
+    """Let the tables' optimizer begin again: all that it keeps is 0, as in a new run."""
+    for kernel in table_kernels(model):
+        for state in chain(*kernel.split_optimizer_states()):
+            state.zero_()
 
 
 def fill_accumulators(model: nn.Module, value: float) -> None:

@@ -39,7 +39,7 @@ class Position:
         stale_validations: validations since then.
         plateau_scale: what plateaus of the val AUC have left of the learning rate (`steps.after_validation`).
         steps_before: optimizer steps that its tables had done before the run's first, in the runs that it was started
-            from: bias correction and lazy decay count all.
+            from: bias correction and lazy decay count all; below 0 where they have begun again (`train.fresh_tables`).
     """
 
     step: int

@@ -43,7 +43,7 @@ KEYS_THAT_CANNOT_CHANGE = (
     *("seed", "model.", "train.batch_size_global", "train.label", "train.labels"),
     *("train.loss_weights", "train.loss_weights."),
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
-    *("train.freeze", "warm_start."),
+    *("train.freeze", "train.fresh_tables", "warm_start."),
 )
 # These lead to other weights from here on, so a run that is complete was not trained with another value.
 KEYS_OF_WEIGHTS = (

@@ -25,7 +25,7 @@ from torchdlrm.sharding.resolve import plan_of_training
 from torchdlrm.sharding.solution import Solution
 from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.collection import TrainingSharder
-from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
+from torchdlrm.tables.optimizers import clear_states, fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.training.compute import communication_codecs
 from torchdlrm.training.freeze import frozen_parts
 from torchdlrm.training.gradients_on_one_host import AddedUpOnOneHost
@@ -74,10 +74,18 @@ def build_sharded_model(
     sharded = _shard(model, config, shape, ranks, reduces=reduces, frozen=frozen.tables)
     trained: Any = sharded.module.module
     frozen.keep_in_evaluation(trained.model)
-    initialize_tables(sharded.module, seed=config.seed, parts=shape.tables, scale=config.model.table_init_scale)
-    if config.table_optimizer.initial_accumulator:
-        fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
+    begin_tables(sharded.module, config, shape)
     return sharded
+
+
+def begin_tables(model: nn.Module, config: Config, shape: ModelShape, *, epoch: int = 0) -> None:
+    """Give the tables of a sharded model initial rows, of each epoch others, and their optimizer its first state."""
+    scale = config.model.table_init_scale
+    initialize_tables(model, seed=config.seed, parts=shape.tables, scale=scale, epoch=epoch)
+    if epoch:  # before the first, nothing is written to what may be large and is 0
+        clear_states(model)
+    if config.table_optimizer.initial_accumulator:
+        fill_accumulators(model, config.table_optimizer.initial_accumulator)
 
 
 def check_freeze(config: Config, shape: ModelShape, device: torch.device) -> None:

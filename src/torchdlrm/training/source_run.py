@@ -152,6 +152,8 @@ def unfit_settings(theirs: Config, ours: Config) -> Iterator[str]:
     was, now_learnt = theirs.train.label_names, ours.train.label_names
     if was != now_learnt and len({*was, *now_learnt}) > 1 < max(len(was), len(now_learnt)):
         yield f"train.labels: is {shown(now_learnt)}, and was {shown(was)}; give what it was"
+    if ours.train.fresh_tables:
+        yield "train.fresh_tables: the tables would forget what they have learnt there; leave it out"
     old, new = theirs.table_optimizer, ours.table_optimizer
     if old.name != new.name and (new.record.state_per_weight or new.record.state_per_row):
         yield (

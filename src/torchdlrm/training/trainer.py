@@ -36,7 +36,7 @@ from torchdlrm.training.log import (
 from torchdlrm.training.pipeline import Pipeline, build_pipeline, by_label, predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
-from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
+from torchdlrm.training.sharded import StepCounters, begin_tables, build_optimizer, build_sharded_model
 from torchdlrm.training.source_run import SourceRun
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
@@ -179,7 +179,15 @@ class Trainer:
                 self._tell_of_checkpoints()
         return "finished"
 
+    def _begin_epoch(self, epoch: int) -> None:
+        """Begin with fresh tables before an epoch's first step; their steps are counted from there."""
+        begin_tables(self._model, self._config, self._shape, epoch=epoch)
+        self._position = replace(self._position, steps_before=-epoch * self._agenda.steps_per_epoch)
+
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
+        epochs, steps = divmod(step - 1, self._agenda.steps_per_epoch)
+        if self._config.train.fresh_tables and epochs and not steps:
+            self._begin_epoch(epochs)
         self._rate = self._schedule.set(step, self._position.plateau_scale)
         self._counters.begin(step, self._position.steps_before)
         self._loss, *judged = self._pipeline.progress(batches)
