@@ -27,13 +27,13 @@ from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.data.judgements import judge_dataset
 from torchdlrm.data.page import dataset_page
 from torchdlrm.data.summary import summarize
-from torchdlrm.errors import BundleError
+from torchdlrm.errors import BundleError, ConfigError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema, SplitRule
-from torchdlrm.features.tables import feature_tables, table_problems
+from torchdlrm.features.tables import check_features, feature_tables
 from torchdlrm.insight.tables import table_uses
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader
@@ -231,11 +231,11 @@ def test_a_shared_table_has_one_precision_and_an_export_is_known_again(run, logs
 def test_a_table_that_a_class_asks_for_twice_is_one():
     features = [Feature("item", 9), Feature("seen", 9, table="item")]
     alike = [Table("item", 1, "wide"), Table("seen", 1, "wide")]
-    assert not [*table_problems(alike, features)]
+    check_features(CONFIG.model, features, alike)
     keys = feature_tables(CONFIG.model, features, alike)
     assert [key.table_key for key in keys] == ["item", "item@wide", "item", "item@wide"]
-    (problem,) = table_problems([alike[0], Table("seen", 1, "wide", frozen=True)], features)
-    assert "is also that of item, with the same init and frozen" in problem
+    with pytest.raises(ConfigError, match="is also that of item, with the same init and frozen"):
+        check_features(CONFIG.model, features, [alike[0], Table("seen", 1, "wide", frozen=True)])
 
 
 def test_values_stay_while_a_column_has_them_and_deltas_give_the_bytes_of_the_whole_export(tmp_path):

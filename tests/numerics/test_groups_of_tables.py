@@ -180,7 +180,7 @@ class Interaction(torch.nn.Module):
     ("model_class", "settings", "words"),
     [
         (CLASS, {"model.settings.fixed": "town"}, "there is no such feature"),
-        (f"{__file__}:Interaction", {}, "make it a subclass of DLRM"),
+        (f"{__file__}:Interaction", {}, "subclass DLRM"),
     ],
 )
 def test_tables_that_cannot_be_are_refused(runs, tmp_path, model_class, settings, words):

@@ -12,15 +12,7 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import in_one_list, in_sections
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
-from torchdlrm.features.tables import (
-    Feature,
-    FeatureTable,
-    Table,
-    check_features,
-    feature_tables,
-    sparse_features,
-    table_problems,
-)
+from torchdlrm.features.tables import Feature, FeatureTable, Table, check_features, feature_tables, sparse_features
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.folders import KindName, wrong_folder
@@ -321,9 +313,7 @@ class BundleManifest(SealedJson):
             raise ValueError(msg)
         if smaller := model.feature_problems():
             raise ValueError(smaller[0])
-        check_features(model, self.features)
-        for problem in table_problems(self.groups, self.features):
-            raise ValueError(problem)
+        check_features(model, self.features, self.groups)
         by = self.recalibrated[1]
         if by is not None and by not in {feature.name for feature in self.features if not feature.is_multi_valued}:
             msg = f"recalibration: by {by}, which is no sparse feature of one value"

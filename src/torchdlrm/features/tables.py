@@ -17,7 +17,7 @@ the id at one place from the end.  So one collection of pooled embeddings also g
 sharding.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -93,22 +93,6 @@ class Table:
     group: str
     init: float = 0.0
     frozen: bool = False
-
-
-def table_problems(asked: Sequence[Table], features: Sequence[Feature]) -> Iterator[str]:
-    """What is wrong about tables that were asked for."""
-    dims, owners = {table.group: table.dim for table in asked}, {of.name: of.table or of.name for of in features}
-    lent: dict[object, Table] = {}
-    for table in asked:
-        first = lent.setdefault((owners.get(table.feature), table.group), table)
-        if (first.init, first.frozen) != (table.init, table.frozen):
-            yield f"{table}: is also that of {first.feature}, with the same init and frozen"
-        if table.feature not in owners or not table.group.isidentifier():
-            yield f"{table}: there is no such feature, or the group is no name"
-        if not 1 <= table.dim <= _MAX_DIM or table.dim != dims[table.group]:
-            yield f"{table}: dim must be that of its group, from 1 to {_MAX_DIM:,}"
-    if len({(table.feature, table.group) for table in asked}) < len(asked):
-        yield "a feature has two tables in one group"
 
 
 @dataclass(frozen=True)
@@ -230,13 +214,24 @@ def from_the_end(offsets: NDArray[Any], position: int) -> tuple[NDArray[np.int64
     return places[is_there], np.concatenate([np.zeros(1, offsets.dtype), np.cumsum(is_there, dtype=offsets.dtype)])
 
 
-def check_features(model: ModelConfig, features: Sequence[Feature]) -> None:
-    """See that `model.features` suits the features that there are.
+def check_features(model: ModelConfig, features: Sequence[Feature], extra: Sequence[Table] = ()) -> None:
+    """See that `model.features`, and what a model class asks for besides, suit the features that there are.
 
     Raises:
-        ConfigError: a feature is not there, or cannot be divided; every problem in one message.
+        ConfigError: a feature is not there, or cannot be divided, or a group is none; every problem in one message.
     """
     problems, by_name = [], {feature.name: feature for feature in features}
+    dims, places = {table.group: table.dim for table in extra}, [(table.feature, table.group) for table in extra]
+    lent: dict[object, Table] = {}
+    for table in extra:
+        owner = by_name[table.feature].table if table.feature in by_name else None
+        first = lent.setdefault((owner or table.feature, table.group), table)
+        if (first.init, first.frozen) != (table.init, table.frozen):
+            problems.append(f"{table}: is also that of {first.feature}, with the same init and frozen")
+        if table.feature not in by_name or places.count((table.feature, table.group)) > 1:
+            problems.append(f"{table}: there is no such feature, or it has two tables in the group")
+        if not table.group.isidentifier() or not 1 <= table.dim <= _MAX_DIM or table.dim != dims[table.group]:
+            problems.append(f"{table}: the group is no name, or dim not one for all of it, from 1 to {_MAX_DIM:,}")
     for name, feature in model.features.items():
         key = f"model.features.{name}"
         if name not in by_name:

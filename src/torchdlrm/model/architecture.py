@@ -203,7 +203,7 @@ class ModelShape:
             ConfigError: `model.features` does not suit them.
         """
         features = sparse_features(dataset.schema, dataset.num_embeddings)
-        check_features(config, features)
+        check_features(config, features, () if architecture is None else architecture.tables(features))
         return cls(
             config,
             len(dataset.dense_names),

@@ -148,22 +148,8 @@ class SparseArch(nn.Module):
         return torch.stack(_feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections), dim=1)
 
     def group(self, name: str, features: KeyedJaggedTensor) -> Tensor:
-        """The numbers of a group of the tables that `tables` of a model class asks for.
-
-        Args:
-            name: of the group.
-            features: as `forward` takes them.
-
-        Returns:
-            [B, F, dim]: of the features that have such a table, in the order of the schema.
-
-        Raises:
-            ValueError: there is no such group.
-        """
+        """The rows of a group of tables that a model class asks for: [B, F, dim] of F features, in schema order."""
         keys = [(table.key, table.asked.dim) for table in self._tables if table.asked and table.asked.group == name]
-        if not keys:
-            msg = f"no table was asked for in the group {name!r}"
-            raise ValueError(msg)
         found = embeddings_by_key(self.embedding_bag_collection(features))
         return torch.stack([found[key][:, :dim] for key, dim in keys], dim=1)
 

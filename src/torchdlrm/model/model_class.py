@@ -28,7 +28,7 @@ from torch import nn
 from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import Setting
 from torchdlrm.errors import ConfigError, TorchDLRMError
-from torchdlrm.features.tables import Feature, Table, table_problems
+from torchdlrm.features.tables import Feature, Table
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture, ModelShape, Product, built_in
 from torchdlrm.toml import did_you_mean
@@ -184,10 +184,11 @@ class CustomArchitecture(Architecture):
         """What its class method `tables` asks for; raises ConfigError where that cannot be."""
         with _reported(self.record.name):
             found = tuple(getattr(self.make, "tables", lambda *_, **__: ())(features, **dict(self.settings)))
-            problems = [*table_problems(found, features)]
-        if problems or (found and self.is_interaction):
-            problems = problems or ["an interaction arch is not given them; make it a subclass of DLRM"]
-            raise ConfigError("\n  ".join([f"`model_class`: the tables that {self.record.name} asks for:", *problems]))
+        if found and self.is_interaction:
+            msg = (
+                f"`model_class`: {self.record.name} asks for tables, which no interaction arch is given; subclass DLRM"
+            )
+            raise ConfigError(msg)
         return found
 
     def products(self, shape: ModelShape) -> Sequence[Product]:

@@ -85,9 +85,10 @@ def _whole_tables(problem: Problem) -> list[Table]:
     """Those of dimension D that are the only ones of their features."""
     model = problem.shape.config
     pairs = {name for name, feature in model.features.items() if feature.quotient_remainder is not None}
-    parts = {f"{name}_{part}" for name in pairs for part in "qr"}
-    whole = [table for table in problem.tables if table.dim == model.embedding_dim and "@" not in table.name]
-    return [table for table in whole if feature_of(table) not in parts]
+    parts = {f"{name}_{part}" for name in pairs for part in "qr"} | {
+        feature_of(t) for t in problem.tables if "@" in t.name
+    }
+    return [table for table in problem.tables if table.dim == model.embedding_dim and feature_of(table) not in parts]
 
 
 def _size_bytes(problem: Problem, table: Table) -> int:

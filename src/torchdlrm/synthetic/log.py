@@ -245,8 +245,9 @@ def _chunks(
     with_text: bool = True,
 ) -> Iterator[tuple[int, Rows]]:
     """First row and rows of each chunk, in order; workers are ahead by two each, which bounds the memory."""
-    # With companions a block alone has 9 MB.
-    chunk_rows = BLOCK_ROWS if generator.has_large_blocks else _CHUNK_ROWS
+    # With companions a block alone has 9 MB, of a shop it takes as much to make.
+    is_small = isinstance(generator, RowGenerator) and not generator.values.companions
+    chunk_rows = _CHUNK_ROWS if is_small else BLOCK_ROWS
 
     def make(start: int) -> tuple[int, Rows]:
         end = min(start + chunk_rows, num_rows)

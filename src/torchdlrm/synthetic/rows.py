@@ -80,7 +80,6 @@ class RowGenerator:
         companion_keys = np.array(seeds[2].generate_state(num_values), np.uint32)
         keys = np.array(seeds[3].generate_state(2 * len(self.shape.sparse)), np.uint32)
         self.values = Values(self.shape, self._drift, keys, companions, companion_keys)
-        self.has_large_blocks = companions is not None
         self._empty_line = _empty_line(len(self.shape.dense), self.values.sizes)
         self._dense_fields = [_dense_fields(column) for column in self.shape.dense]
         self._hex_digits = _hex_digits()

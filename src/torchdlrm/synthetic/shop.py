@@ -34,8 +34,6 @@ _Numbers = NDArray[np.int64]
 class ShopGenerator:
     """Makes any part of the log, as `RowGenerator` does."""
 
-    has_large_blocks = True
-
     def __init__(self, seed: int, extras: Sequence[Extra]) -> None:
         rng = np.random.default_rng([seed, *b"shop"])
 
@@ -55,10 +53,8 @@ class ShopGenerator:
         clicks = self._thresholds[_points(rest + added + self._intercept)] / 2.0**32
         self._of_purchase = intercept((rest + added) * 3 // 4 + own, LOGIT_UNITS, _PURCHASE_RATE, clicks)
 
-    def rows(self, start: int, end: int, *, label_delay: float = 0.0, with_text: bool = True) -> Rows:
+    def rows(self, start: int, end: int, **_: Any) -> Rows:
         """Rows of the log from `start` to before `end`, with their text."""
-        assert with_text
-        assert not label_delay
         columns, bits, rest, added, own = self._draw(start, end)
         points = _points(rest + added + self._intercept)
         labels = {"click": bits[0] < self._thresholds[points]}
@@ -74,10 +70,12 @@ class ShopGenerator:
         frame = pl.DataFrame({name: label.astype(np.int8) for name, label in labels.items()} | columns)
         lists = pl.selectors.array().arr.to_list()
         frame = frame.with_columns(lists.list.head(pl.col("length")) if "history" in columns else lists)
-        cells = frame.drop("length").with_columns(
-            pl.selectors.list().cast(pl.List(pl.String)).list.join(VALUE_SEPARATOR)
+        texts = pl.selectors.list().cast(pl.List(pl.String)).list.join(VALUE_SEPARATOR)
+        text = (
+            frame.drop("length")
+            .with_columns(texts)
+            .write_csv(separator="\t", include_header=start == 0, quote_style="never")
         )
-        text = cells.write_csv(separator="\t", include_header=start == 0, quote_style="never")
         return Rows(text.encode(), b"", 2 * points + labels["click"], others)
 
     def _draw(self, start: int, end: int) -> tuple[dict[str, NDArray[Any]], NDArray[Any], _Numbers, _Numbers, _Numbers]:
@@ -94,9 +92,8 @@ class ShopGenerator:
         if "content" in self._extras:
             season = np.arange(start, end) // _ROWS_PER_SEASON
             item = season * _ITEMS_PER_SEASON + drawn[2] % _ITEMS_PER_SEASON
-            signs = 1 - 2 * (_hidden(_hidden(item))[:, None] >> np.arange(CONTENT_SIZE, dtype=np.uint32) & 1).astype(
-                np.int64
-            )
+            bits = _hidden(_hidden(item))[:, None] >> np.arange(CONTENT_SIZE, dtype=np.uint32) & 1
+            signs = 1 - 2 * bits.astype(np.int64)
             columns["content"] = signs / np.sqrt(CONTENT_SIZE)
             rest, added = np.zeros_like(rest), (self._tastes[user % _NUM_GROUPS] * signs).sum(axis=1)
         if "history" in self._extras:

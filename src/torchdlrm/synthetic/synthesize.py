@@ -92,15 +92,16 @@ def synthesize(
     """
     path = Path(path)
     of_criteo = preset, multi_hot, max_embeddings, days, drift, label_delay
-    problems = list(_problems(rows, seed, preset or "criteo-kaggle", *of_criteo[1:]))
+    problems = [*_problems(rows, seed, preset or "criteo-kaggle", multi_hot, max_embeddings)]
+    problems = problems or [*_problems_of_days(PRESETS[preset or "criteo-kaggle"], days, drift, label_delay)]
+    if days is not None and multi_hot is not None:
+        problems.append(
+            "`days`: a log with several values in a cell has no days; leave out one of `days` and `multi_hot`"
+        )
     if not {*extras} <= {*get_args(Extra)} or {"content", "history"} <= {*extras}:
-        problems.append(
-            f"`content`, `history`: choose one of these, whose new items no history has; got {', '.join(extras)}"
-        )
+        problems.append(f"`content`, `history`: choose one; new items are in no history. Got {', '.join(extras)}")
     if extras and any(option is not None for option in of_criteo):
-        problems.append(
-            "`preset`, `multi_hot`, `days`: are not for the log of a shop: two `labels`, `content` or `history`"
-        )
+        problems.append("`preset`, `multi_hot`, `days`: are not for a log with two `labels`, `content` or `history`")
     for problem in problems:
         raise ConfigError(problem)
     if days is not None and (path.suffix in {".gz", ".tsv", ".txt", ".csv"} or (path.exists() and not path.is_dir())):
@@ -207,16 +208,7 @@ def _multi_hot_schema(shape: LogShape, max_embeddings: int | None) -> str:
     return schema_toml(FeatureSchema(name="criteo-multi-hot", columns=tuple(columns)))
 
 
-def _problems(
-    rows: int,
-    seed: int,
-    preset: str,
-    multi_hot: str | None,
-    max_embeddings: int | None,
-    days: int | None,
-    drift: Drift | None,
-    label_delay: float | None,
-) -> Iterator[str]:
+def _problems(rows: int, seed: int, preset: str, multi_hot: str | None, max_embeddings: int | None) -> Iterator[str]:
     """What makes no sense about the arguments of `synthesize`."""
     if rows < 1:
         yield f"rows: {rows} is too few; ask for at least 1"
@@ -230,6 +222,11 @@ def _problems(
         yield "`max_embeddings`: is for the schema of a log with several values in a cell; give `multi_hot` too"
     if max_embeddings is not None and max_embeddings < 1:
         yield f"`max_embeddings`: {max_embeddings} is too few; ask for at least 1"
+
+
+def _problems_of_days(
+    shape: LogShape, days: int | None, drift: Drift | None, label_delay: float | None
+) -> Iterator[str]:
     if days is None:
         for name, value in (("drift", drift), ("label_delay", label_delay)):
             if value is not None:
@@ -237,8 +234,6 @@ def _problems(
         return
     if days < 1:
         yield f"`days`: {days} is too few; ask for at least 1"
-    if multi_hot is not None:
-        yield "`days`: a log with several values in a cell has no days; leave out one of `days` and `multi_hot`"
     if label_delay is not None and not 0.0 <= label_delay < 1.0:
         yield f"`label_delay`: {label_delay} is not a fraction of the clicks; give 0 or more, and less than 1"
-    yield from (drift or Drift()).problems(days, PRESETS[preset])
+    yield from (drift or Drift()).problems(days, shape)

@@ -136,14 +136,11 @@ class Trainer:
         if self._source is None:
             return self._position
         config = self._config
+        whole = [table for table in self._shape.tables if table.combination is None]
         how = TakeOver(
             keeps_dense_state=config.warm_start.dense_optimizer_state == "kept",
             may_grow=True,
-            reset_ids={
-                table.name: self._dataset.reset_ids(table.feature)
-                for table in self._shape.tables
-                if self._source.num_reset and table.combination is None
-            },
+            reset_ids={of.name: self._dataset.reset_ids(of.feature) for of in whole if self._source.num_reset},
             factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )
         return replace(self._position, steps_before=self._checkpointer.start_from(self._source.checkpoint, how))

@@ -88,10 +88,10 @@ def test_a_dataset_is_made_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"extras": ["content", "history"]}, "choose one"),
-        ({"extras": ["taste"]}, "got taste"),
-        ({"extras": ["content"], "days": 2}, "are not for the log of a shop"),
-        ({"extras": ["content"], "preset": "criteo-1tb"}, "are not for the log of a shop"),
+        ({"extras": ["content", "history"]}, "choose one; new items"),
+        ({"extras": ["taste"]}, "Got taste"),
+        ({"extras": ["content"], "days": 2}, "are not for a log with two"),
+        ({"extras": ["content"], "preset": "criteo-1tb"}, "are not for a log with two"),
     ],
 )
 def test_options_that_do_not_combine_are_refused(tmp_path, options, words):
