@@ -46,8 +46,8 @@ from helpers.command_server import DLRM, REAL_PROCESSES, shared_server
 from helpers.interactions import INTERACTIONS, overrides_of
 from helpers.raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.features.columns import LabelColumn
-from torchdlrm.features.schema import criteo_schema
+from torchdlrm.features.columns import LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema, SplitRule, criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 
@@ -83,6 +83,19 @@ def two_labels(small_log, tmp_path_factory):
     columns = (LabelColumn(name="click"), LabelColumn(name="purchase"), *schema.columns[1:])
     preprocess([path.parent / "two.tsv"], path, schema.with_columns(columns), PreprocessOptions(min_count=2))
     return Dataset.open(path)
+
+
+@pytest.fixture(scope="session")
+def histories(tmp_path_factory):
+    """2,000 rows with an item and what was looked at before, which share a table; clicked where it is among these."""
+    path, rng = tmp_path_factory.mktemp("dataset") / "histories", random.Random(0)
+    rows = [(rng.randrange(9), rng.choices(range(9), k=rng.randrange(5))) for _ in range(2_000)]
+    lines = [f"{int(rng.random() < 0.2 + 0.6 * (i in seen))}\t{i}\t{','.join(map(str, seen))}\n" for i, seen in rows]
+    (path.parent / "log.tsv").write_text("".join(lines))
+    history = {"value_separator": ",", "max_values": 4, "keep": "last", "table": "item"}
+    columns = (SparseColumn(name="item", kind="int"), SparseColumn(name="history", kind="int", **history))
+    schema = FeatureSchema(name="shop", columns=(LabelColumn(name="click"), *columns), split=SplitRule(rule="order"))
+    return preprocess([path.parent / "log.tsv"], path, schema)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "own_interaction": ["DATASET", "run"],
     "own_loss": ["DATASET", "run"],
     "own_loop": ["DATASET"],
+    "own_sequence": ["HISTORIES", "run"],
     "predict_from_pandas": ["BUNDLE", "LOG"],
     "several_labels": ["TWO LABELS", "run"],
     "train_with_callback": ["DATASET", "run"],
@@ -26,7 +27,13 @@ ARGUMENTS = {
 
 
 def run_example(name, folder, request):
-    given = {"DATASET": "small_dataset", "TWO LABELS": "two_labels", "BUNDLE": "small_bundle", "LOG": "small_log"}
+    given = {
+        "DATASET": "small_dataset",
+        "TWO LABELS": "two_labels",
+        "HISTORIES": "histories",
+        "BUNDLE": "small_bundle",
+        "LOG": "small_log",
+    }
     arguments = [request.getfixturevalue(given[one]) if one in given else one for one in ARGUMENTS[name]]
     arguments = [getattr(value, "path", value) for value in arguments]
     done = shared_server().run([EXAMPLES / f"{name}.py", *arguments], cwd=folder)
@@ -46,6 +53,11 @@ def test_a_loop_of_ones_own_learns(request, tmp_path):
 @pytest.mark.parametrize("name", ["deepfm", "finalnet", "own_interaction", "own_loss"])
 def test_a_model_of_ones_own_learns(request, tmp_path, name):
     auc = float(re.search(r"'auc': ([\d.]+)", run_example(name, tmp_path, request))[1])
+    assert auc > 0.6
+
+
+def test_an_interaction_of_ones_own_reads_what_a_user_did_last(request, tmp_path):
+    auc = float(re.search(r"'auc': ([\d.]+)", run_example("own_sequence", tmp_path, request))[1])
     assert auc > 0.6
 
 

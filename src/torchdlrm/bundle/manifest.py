@@ -23,7 +23,7 @@ from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
 _WITH_NEVER_MISSING, _WITH_IDS, WITH_RECALIBRATION, _WITH_SETTINGS = range(6, 10)
-FORMAT_VERSION = 10  # with vectors, histories or several labels
+FORMAT_VERSION = 10  # with vectors, histories, their pooling, or several labels
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -45,8 +45,9 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
+    has_poolings = any(feature.pooling != "sum" for feature in model.features.values())
     needed = {
-        FORMAT_VERSION: has_groups or schema.content or schema.has_histories or len(schema.learnt) > 1,
+        FORMAT_VERSION: has_groups or has_poolings or schema.content or schema.has_histories or len(schema.learnt) > 1,
         _WITH_SETTINGS: model.settings,
         _WITH_IDS: schema.has_ids,
         _WITH_NEVER_MISSING: has_never_missing,

@@ -9,6 +9,7 @@ B rows, F sparse features, T keys (F, or more where a feature has several: R of 
 embedding dimension, M slots for vectors (F + 1, or one more).
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import fbgemm_gpu.split_table_batched_embeddings_ops_inference  # noqa: F401 - registers the kernel
@@ -17,7 +18,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from torchdlrm.bundle.bundle import Bundle
@@ -26,8 +27,9 @@ from torchdlrm.bundle.patched_weights import PatchedWeights
 from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.tables import FeatureTable, sources
+from torchdlrm.features.tables import FeatureTable, sources, table_name
 from torchdlrm.model import projection_weight, table_weight
+from torchdlrm.model.pooling import pooled_features, pooling_of
 
 # Of which the kernel wants to know the widest table.
 _STORED_TYPES = (SparseType.INT2, SparseType.INT4, SparseType.INT8, SparseType.FP16, SparseType.FP32)
@@ -102,6 +104,11 @@ class TableLookup:
             if table.dim < table.vector_dim
         ]
         self._pairs = [(number[t.feature], place[t.key], t.combination) for t in tables if t.is_remainder]
+        self._poolings = []
+        for name, keys in pooled_features(of_all).items():
+            own = slice(place[keys[0].key], place[keys[0].key] + (1 if keys[0].position is None else len(keys)))
+            target = number[getattr(keys[0].pooling, "target", None) or name]
+            self._poolings.append((number[name], own, target, _pooling(bundle, keys, dtype)))
 
     def __call__(self, rows: EncodedRows) -> Tensor:
         """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.dlrm.SparseArch` has it.
@@ -116,6 +123,9 @@ class TableLookup:
         for slot, remainder, combination in self._pairs:
             combine = torch.Tensor.mul_ if combination == "mult" else torch.Tensor.add_
             combine(vectors[:, slot], vectors[:, remainder])
+        for slot, own, target, pool in self._poolings:
+            num_values = torch.from_numpy(np.diff(rows.sparse[slot - 1][1]))
+            vectors[:, slot] = pool(vectors[:, own], num_values, vectors[:, target])
         # Products of matrices that lie apart are slow: 4,096 rows take half the time where they are moved together.
         return vectors[:, : self._num_slots].contiguous()
 
@@ -191,6 +201,15 @@ class TableLookup:
             in_file = ids[ids < place.file_rows].astype(np.int64)
             touched |= blocks_of(place.file_start + in_file * place.row_bytes, place.row_bytes, num_blocks)
         self._verifier.require(touched)
+
+
+def _pooling(bundle: Bundle, keys: Sequence[FeatureTable], dtype: torch.dtype) -> nn.Module:
+    """The pooling of a feature with these keys, with the weights of the bundle."""
+    module, prefix = pooling_of(keys), f"sparse_arch.poolings.{table_name(keys[0].feature)}."
+    for name, value in module.state_dict().items():
+        bundle.weights.require(prefix + name, "F32", tuple(value.shape))
+    module.load_state_dict({name: bundle.weights.tensor(prefix + name) for name in module.state_dict()})
+    return module.to(dtype)
 
 
 def _projection(bundle: Bundle, table: FeatureTable) -> Tensor:

@@ -145,10 +145,11 @@ class HeadsConfig(Section):
 
 
 _OF_EXPERTS = ("num_shared_experts", "num_experts", "expert_layer_sizes")
+_OF_ATTENTION = ("target", "attention", "attention_layer_sizes")
 
 
 class FeatureConfig(Section):
-    """The table of one sparse feature, where it is not of dimension D or is in two parts, as [model.features.cat_2]."""
+    """What is different for one sparse feature, its table or its pooling, as [model.features.cat_2]."""
 
     embedding_dim: PositiveInt | None = Field(
         None,
@@ -163,6 +164,25 @@ class FeatureConfig(Section):
     num_collisions: Annotated[int, Field(ge=2)] = Field(
         4, description="by how much quotient_remainder divides the rows: this many ids have the same quotient"
     )
+    pooling: Literal["sum", "mean", "last", "attention"] = Field(
+        "sum",
+        description="what several values of a row become: the sum or the mean of their embeddings, that of the last "
+        "value alone, or their sum weighted by attention on target (docs/behaviour.md)",
+    )
+    target: str | None = Field(
+        None, description="for attention: the sparse feature, of one value a row, that values are weighted for"
+    )
+    attention: Literal["din", "dot"] = Field(
+        "din",
+        description="how attention weighs a value; din: by a network of it and the target (DIN); dot: by a scaled dot "
+        "product with the target and its position, with a softmax",
+    )
+    attention_layer_sizes: LayerSizes = Field((32, 16), description="output sizes of the hidden layers of din")
+
+    @model_serializer(mode="wrap")
+    def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unread = {"sum": {"pooling", *_OF_ATTENTION}, "attention": set()}.get(self.pooling, {*_OF_ATTENTION})
+        return {name: value for name, value in write(self).items() if name not in unread}
 
 
 class ModelConfig(Section):
@@ -188,7 +208,7 @@ class ModelConfig(Section):
     dcn: DCNConfig = DCNConfig()
     projection: ProjectionConfig = ProjectionConfig()
     heads: HeadsConfig = HeadsConfig()
-    features: dict[str, FeatureConfig] = Field({}, description="smaller tables, by feature")
+    features: dict[str, FeatureConfig] = Field({}, description="smaller tables, and pooling, by feature")
     settings: dict[str, Setting] = Field(
         {},
         description="of a model class, by the names in its `settings` (docs/models.md)",
@@ -249,7 +269,7 @@ class ModelConfig(Section):
         return self.model_copy(update={"table_init_scale": 1.0})
 
     def feature_problems(self) -> list[str]:
-        """What is wrong with smaller tables, whatever the dataset."""
+        """What is wrong with the settings of features, whatever the dataset."""
         found = []
         for name, feature in self.features.items():
             key, dim = f"model.features.{name}", feature.embedding_dim
@@ -266,4 +286,12 @@ class ModelConfig(Section):
                 found.append(
                     f"{key}.embedding_dim: tables of quotient_remainder have model.embedding_dim; set one of both"
                 )
+            if feature.pooling == "attention" and feature.target is None:
+                found.append(f"{key}.target: pooling = attention needs it: the feature that values are weighted for")
+            if feature.pooling != "attention":
+                found += [
+                    f"{key}.{leaf}: only pooling = attention reads it; set {key}.pooling too"
+                    for leaf in _OF_ATTENTION
+                    if getattr(feature, leaf) != FeatureConfig.model_fields[leaf].default
+                ]
         return found

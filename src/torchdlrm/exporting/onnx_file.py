@@ -25,6 +25,7 @@ from torchdlrm.features.tables import FeatureTable
 from torchdlrm.files import replacing_durably
 from torchdlrm.model import projection_weight, table_weight
 from torchdlrm.model.graph import Graph
+from torchdlrm.model.pooling import pooled_features
 
 OPSET, IR_VERSION, MAX_BATCH_ROWS = 18, 9, 8192
 MAX_FILE_BYTES = 2**31 - 2**24  # protobuf reads 2 GiB
@@ -99,6 +100,9 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
         msg = (
             f"{bundle.path}: has no graph: nothing says yet how to write its vectors ({bundle.schema.content[0].name})"
         )
+        raise BundleError(msg)
+    if pooled := pooled_features(bundle.manifest.tables):
+        msg = f"{bundle.path}: has no graph: {next(iter(pooled))} is not pooled by sum, which is all that a graph knows"
         raise BundleError(msg)
     recalibration = bundle.manifest.recalibration
     if recalibration is not None and (recalibration.method != "platt" or recalibration.by is not None):

@@ -17,7 +17,7 @@ the id at one place from the end.  So one collection of pooled embeddings also g
 sharding.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchdlrm.config import ModelConfig
+from torchdlrm.config.model import FeatureConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.toml import did_you_mean
@@ -112,6 +113,7 @@ class FeatureTable:
         num_ids: of the feature: the rows of its table if it were one.
         position: of a sequence, which ids these are, from the end of each row's; None: they are all.
         asked: where a model class has asked for it, as it has; `dim` is a multiple of 4 then, and zeros fill its rows.
+        pooling: the config of the feature, where it says that its vector is no sum of rows.
     """
 
     feature: str
@@ -125,6 +127,7 @@ class FeatureTable:
     num_ids: int
     position: int | None = None
     asked: Table | None = None
+    pooling: FeatureConfig | None = None
 
     @classmethod
     def whole(cls, feature: str, rows: int, dim: int, owner: str | None = None) -> Self:
@@ -139,7 +142,8 @@ class FeatureTable:
     @property
     def is_plain(self) -> bool:
         """Whether its sums of rows are the feature's vectors."""
-        return self.is_vector and self.combination is None and self.dim == self.vector_dim
+        is_sum = self.pooling is None and self.combination is None
+        return self.is_vector and is_sum and self.dim == self.vector_dim
 
     @property
     def is_vector(self) -> bool:
@@ -184,7 +188,12 @@ def feature_tables(model: ModelConfig, features: Sequence[Feature], extra: Seque
         if chosen is not None:
             dim, combination = chosen.embedding_dim or whole.dim, chosen.quotient_remainder
             whole = replace(whole, dim=dim, combination=combination, num_collisions=chosen.num_collisions)
-        found += whole.parts()
+        own, keys = model.features.get(feature.name), whole.parts()
+        if own is not None and own.pooling != "sum":
+            num_positions = {"last": 1, "attention": feature.max_values}.get(own.pooling)
+            parts = [replace(whole, key=f"{feature.name}@{k}", position=k) for k in range(num_positions or 0)]
+            keys = tuple(replace(key, pooling=own) for key in parts or keys)
+        found += keys
         for asked in (table for table in extra if table.feature == feature.name):
             name, owner = (f"{of}@{asked.group}" for of in (feature.name, whole.table_key))
             table = FeatureTable.whole(name, feature.num_ids, -(-asked.dim // 4) * 4, owner)
@@ -238,7 +247,9 @@ def check_features(model: ModelConfig, features: Sequence[Feature], extra: Seque
             hint = did_you_mean(name, by_name) or f"; they are {', '.join(list(by_name)[:5])}, ..."
             problems.append(f"{key}: there is no sparse feature {name}{hint}")
             continue
-        if (owner := by_name[name].table) is not None:
+        problems += [f"{key}.{problem}" for problem in _pooling_problems(model, by_name, by_name[name])]
+        of_table = (feature.embedding_dim, feature.quotient_remainder)
+        if (owner := by_name[name].table) is not None and of_table != (None, None):
             problems.append(f"{key}: {name} shares the table of {owner}, which model.features.{owner} is about")
             continue
         sharing = [other.name for other in features if name in (other.name, other.table)]
@@ -261,3 +272,18 @@ def check_features(model: ModelConfig, features: Sequence[Feature], extra: Seque
         ]
     if problems:
         raise ConfigError("\n  ".join(["the config does not suit the dataset:", *problems]))
+
+
+def _pooling_problems(model: ModelConfig, by_name: Mapping[str, Feature], feature: Feature) -> Iterator[str]:
+    """Why the values of a feature that the config has cannot be pooled as it says."""
+    chosen, owner = model.features[feature.name], model.features.get(feature.table or feature.name)
+    if chosen.pooling != "sum" and not feature.is_multi_valued:
+        yield f"pooling: {feature.name} has one value a row, and {chosen.pooling} is for lists"
+    if chosen.pooling == "attention" and feature.max_values is None:
+        yield f"pooling: attention needs max_values of {feature.name} in the schema"
+    if chosen.pooling in {"last", "attention"} and owner is not None and owner.quotient_remainder is not None:
+        yield f"pooling: {chosen.pooling} does not go with quotient_remainder of {feature.table or feature.name}"
+    if chosen.target is not None and (chosen.target not in by_name or by_name[chosen.target].is_multi_valued):
+        single = [other.name for other in by_name.values() if not other.is_multi_valued]
+        hint = did_you_mean(chosen.target, single) or f"; such are {', '.join(single[:5])}"
+        yield f"target: {chosen.target} is no sparse feature of one value a row{hint}"

@@ -25,6 +25,7 @@ from torchdlrm.errors import BundleError
 from torchdlrm.features.columns import DenseColumn
 from torchdlrm.features.tables import Feature, FeatureTable, Table, check_features, feature_tables, sparse_features
 from torchdlrm.model.graph import Graph
+from torchdlrm.model.pooling import pooled_features, pooling_of
 from torchdlrm.model.served import FastInteraction, ServedWeights
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Product:
     def multiply_adds(self) -> int:
         """Multiply-adds of the forward pass for a row of the batch."""
         return self.rows * self.inputs * self.outputs
+
+    @property
+    def num_kept(self) -> int:
+        """Numbers of a row that are kept for the backward pass: the factors."""
+        return self.inputs * (self.rows + (0 if self.has_weight or self.num_gradients == 1 else self.outputs))
 
 
 class Architecture(ABC):
@@ -91,11 +97,7 @@ class Architecture(ABC):
 
     def num_activations(self, shape: "ModelShape") -> int:
         """Numbers of a row that the forward pass keeps for the backward: the products' factors, at least."""
-        return sum(
-            product.rows * product.inputs
-            + (0 if product.has_weight or product.num_gradients == 1 else product.inputs * product.outputs)
-            for product in self.products(shape)
-        )
+        return sum(product.num_kept for product in self.products(shape))
 
     def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction | None:
         """The interaction as it is served, between a dense arch and an over arch of plain layers.
@@ -247,14 +249,18 @@ class ModelShape:
 
     @property
     def products(self) -> Sequence[Product]:
-        """The matrix products of a forward pass: the architecture's, then those that project smaller tables."""
-        return (*self.architecture.products(self), *self._projections)
+        """The matrix products of a forward pass: the architecture's, then those that make vectors of embeddings."""
+        return (*self.architecture.products(self), *self._of_tables)
 
     @property
-    def _projections(self) -> list[Product]:
+    def _of_tables(self) -> list[Product]:
+        """Those that project smaller tables, and those that pool lists."""
         dim = self.config.embedding_dim
         small = (feature.embedding_dim or dim for feature in self.config.features.values())
-        return [Product(1, inputs, dim) for inputs in small if inputs < dim]
+        with torch.device("meta"):  # where no initial weights are drawn
+            poolings = [pooling_of(keys) for keys in pooled_features(self.tables).values()]
+        pooled = (Product(*sizes) for pooling in poolings for sizes in pooling.products)
+        return [*(Product(1, inputs, dim) for inputs in small if inputs < dim), *pooled]
 
     @property
     def num_weights(self) -> int:
@@ -265,7 +271,7 @@ class ModelShape:
     def num_activations(self) -> int:
         """Numbers of a row of the batch that a forward pass keeps for the backward."""
         multiplied = sum(feature.quotient_remainder == "mult" for feature in self.config.features.values())
-        of_tables = sum(product.inputs for product in self._projections) + 2 * self.config.embedding_dim * multiplied
+        of_tables = sum(product.num_kept for product in self._of_tables) + 2 * self.config.embedding_dim * multiplied
         return self.architecture.num_activations(self) + of_tables
 
     @property

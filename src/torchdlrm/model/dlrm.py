@@ -5,6 +5,7 @@ Weights and code move both ways between the two; ours copies the embeddings less
 B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchdlrm.features.tables import FeatureTable
+from torchdlrm.features.tables import FeatureTable, table_name
 from torchdlrm.model.dcn import InteractionDCNArch, LowRankCrossNet
 from torchdlrm.model.dot import InteractionArch, dot_output_size
+from torchdlrm.model.pooling import pooled_features, pooling_of
 from torchdlrm.model.projection import InteractionProjectionArch
 
 _VECTOR_SCALE = 0.4
@@ -88,25 +90,25 @@ def _feature_vectors(
     tables: Sequence[FeatureTable],
     embeddings: Mapping[str, Tensor],
     projections: nn.ModuleDict,
-) -> list[Tensor]:
-    """The vector of each feature: F of [B, D].
+) -> dict[str, list[Tensor]]:
+    """What each feature's keys give, [B, D] each: its vector, but for those whose values are looked up one by one.
 
     Args:
         tables: of all keys; a remainder's follows that of its quotient.
         embeddings: the pooled rows of each, by key: [B, dim].
         projections: what maps those of smaller tables to D, by the name of the table.
     """
-    vectors: list[Tensor] = []
+    vectors: dict[str, list[Tensor]] = {table.feature: [] for table in tables}
     for table in tables:
         if table.asked is not None:
             continue
         vector = embeddings[table.key]
         if table.is_remainder:
-            quotient = vectors.pop()
+            quotient = vectors[table.feature].pop()
             vector = quotient * vector if table.combination == "mult" else quotient + vector
         elif table.dim < table.vector_dim:
             vector = projections[table.name](vector)
-        vectors.append(vector)
+        vectors[table.feature].append(vector)
     return vectors
 
 
@@ -126,7 +128,7 @@ class SparseArch(nn.Module):
     ) -> None:
         super().__init__()
         self._tables = tables_of(embedding_bag_collection)
-        dims = sorted({table.vector_dim for table in self._tables if table.is_vector})
+        dims = sorted({table.vector_dim for table in self._tables if table.asked is None})
         if len(dims) != 1:
             msg = f"the tables must have one dimension, and have {dims}"
             raise ValueError(msg)
@@ -139,13 +141,44 @@ class SparseArch(nn.Module):
         self.projections = nn.ModuleDict(
             {table.name: _projection(table) for table in self._tables if table.dim < table.vector_dim}
         ).to(dense_device)
+        self._pooled = {table_name(name): keys for name, keys in pooled_features(self._tables).items()}
+        self.poolings = nn.ModuleDict({name: pooling_of(keys) for name, keys in self._pooled.items()})
+        self.poolings.to(dense_device)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Maps a KJT of a key for each table and stride B to [B, F, D]."""
         embeddings = self.embedding_bag_collection(features)
         if self._are_plain:
             return stack_embeddings(embeddings, self.sparse_feature_names, self.D)
-        return torch.stack(_feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections), dim=1)
+        found = _feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections)
+        vectors = {name: own[0] for name, own in found.items()}
+        for name, pool in self.poolings.items():
+            key = self._pooled[name][0]
+            own_BKD = torch.stack(found[key.feature], dim=1)
+            target_BD = found[getattr(key.pooling, "target", None) or key.feature][0]
+            vectors[key.feature] = pool(own_BKD, self._lengths(key, own_BKD.shape[1], features).sum(dim=0), target_BD)
+        return torch.stack([*vectors.values()], dim=1)
+
+    def sequences(self, features: KeyedJaggedTensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What was looked up of the features whose values are looked up one by one.
+
+        Returns:
+            Of such a feature by its name the embeddings [B, P, D], the newest value's first and zeros behind a row's
+            last, and where there is a value, bool [B, P].
+        """
+        embeddings = embeddings_by_key(self.embedding_bag_collection(features))
+        found = _feature_vectors(self._tables, embeddings, self.projections)
+        return {
+            key.feature: (torch.stack(found[key.feature], dim=1), self._lengths(key, 1 + len(more), features).t() > 0)
+            for key, *more in self._pooled.values()
+            if key.position is not None
+        }
+
+    def _lengths(self, key: FeatureTable, num_keys: int, features: KeyedJaggedTensor) -> Tensor:
+        """How many values each row has of the first keys of a feature: [K, B]."""
+        first = features.keys().index(key.key)
+        lengths: Tensor = features.lengths().view(len(self._tables), -1)[first : first + num_keys]
+        return lengths
 
     def group(self, name: str, features: KeyedJaggedTensor) -> Tensor:
         """The rows of a group of tables that a model class asks for: [B, F, dim] of F features, in schema order."""
@@ -225,7 +258,7 @@ class DLRM(nn.Module):
         content: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        dims = {table.vector_dim for table in tables_of(embedding_bag_collection) if table.is_vector}
+        dims = {table.vector_dim for table in tables_of(embedding_bag_collection) if table.asked is None}
         if dims != {dense_arch_layer_sizes[-1]}:
             msg = f"the dense arch ends with {dense_arch_layer_sizes[-1]}, but the tables have dimension {sorted(dims)}"
             raise ValueError(msg)
@@ -244,6 +277,7 @@ class DLRM(nn.Module):
             self.inter_arch.to(dense_device)
         self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
         self._cuda_graph_enabled = False
+        self._reads_sequences = "sequences" in inspect.signature(self.inter_arch.forward).parameters
 
     def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
         """The interaction arch, and how many numbers of a row it gives to the over arch.
@@ -285,7 +319,8 @@ class DLRM(nn.Module):
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Maps [B, dense_in_features] and a KJT of F keys and stride B to logits [B, 1]."""
         dense_BD, sparse_BFD = self.vectors(dense_features, sparse_features)
-        interactions = self.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD)
+        more = {"sequences": self.sparse_arch.sequences(sparse_features)} if self._reads_sequences else {}
+        interactions = self.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD, **more)
         return self.over_arch(interactions)
 
 

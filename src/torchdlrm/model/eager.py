@@ -25,10 +25,13 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchdlrm.config.model import FeatureConfig
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
 from torchdlrm.model.build import build_model
+from torchdlrm.model.dlrm import SparseArch
 from torchdlrm.model.loss import GivenEmbeddings, logits_of
+from torchdlrm.model.pooling import Pooling
 
 _TRACED_ROWS, _TRIAL_ROWS = 4, 3
 
@@ -187,12 +190,17 @@ class _Products(TorchDispatchMode):
 def trace_products(shape: ModelShape) -> tuple[Product, ...]:
     """The matrix products that a model computes, found by running it once on a few rows of zeros.
 
-    Those of smaller tables are left out: the shape itself counts them.
+    Those of smaller tables and of poolings are left out: the shape itself counts them.
     """
-    shape = replace(shape, config=shape.config.with_features({}))
+    alike = {"embedding_dim": None, "quotient_remainder": None}
+    features = {name: chosen.model_copy(update=alike) for name, chosen in shape.config.features.items()}
+    shape = replace(shape, config=shape.config.with_features(features))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = EagerModel(shape)
         num_tables = len(model.tables)
+        arch = model.module.get_submodule("sparse_arch")
+        if isinstance(arch, SparseArch):
+            arch.poolings.update({name: Pooling(FeatureConfig(), 1, 1) for name in arch.poolings})
         with _Products() as products:
             model.logits(
                 torch.zeros(_TRACED_ROWS, shape.num_inputs),

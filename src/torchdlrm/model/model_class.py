@@ -162,6 +162,8 @@ class CustomArchitecture(Architecture):
         if not isinstance(size, int) or size < 1:
             msg = f"`model_class`: {self.record.name} must have an output_size, how many numbers it gives, got {size}"
             raise ConfigError(msg)
+        if "sequences" in inspect.signature(interaction.forward).parameters:
+            return interaction, size
         dense, sparse = torch.zeros(2, embedding_dim), torch.zeros(2, num_sparse_features, embedding_dim)
         with torch.no_grad():
             found: Any = interaction.eval()(dense_features=dense, sparse_features=sparse)

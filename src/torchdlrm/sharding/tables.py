@@ -91,7 +91,7 @@ def with_features(tables: Sequence[Table], model: ModelConfig) -> list[Table]:
             found.append(table)
             continue
         for part in feature_tables(model, [Feature(feature, table.rows)]):
-            name = table.name + part.key.removeprefix(feature)
+            name = table.name + part.table_key.removeprefix(feature)
             found.append(replace(table, name=name, rows=part.rows, dim=part.dim))
     return found
 

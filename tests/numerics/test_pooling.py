@@ -1,0 +1,263 @@
+"""Each pooling of a list computes what its formula says, value by value in float64; in training, served, everywhere."""
+
+import random
+import tomllib
+
+import polars as pl
+import pytest
+import torch
+from test_predictions_have_no_skew import assert_no_skew
+from test_smaller_tables import weights_after
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.config import load_config
+from torchdlrm.config.model import FeatureConfig
+from torchdlrm.exporting.export import export
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.model.pooling import KINDS
+from torchdlrm.preprocessing.preprocess import preprocess
+from torchdlrm.training.job import train
+from torchdlrm.training.processes.launch import Processes, launch
+
+NUM_ROWS, NUM_POSITIONS, DIM = 7, 5, 4
+LENGTHS = [5, 0, 1, 3, 5, 2, 4]
+
+
+def by_its_formula(kind, module, values, target):
+    """The vector of one row, given its values, the newest first, each [D]."""
+    nothing = torch.zeros(DIM, dtype=torch.float64)
+    if not values:
+        return nothing
+    if kind == "mean":
+        return sum(values, nothing) / len(values)
+    if kind == "last":
+        return values[0]
+    if kind == "din":
+        network = nn.Sequential(*(step for layer in module.layers for step in (layer, nn.ReLU())))[:-1]
+        return sum((network(torch.cat([e, target, e - target, e * target])) * e for e in values), nothing)
+    query = module.query.weight @ target
+    scores = [(query @ (e + p)) / DIM**0.5 for e, p in zip(values, module.positions, strict=False)]
+    shares = torch.stack(scores).softmax(0)
+    return sum((share * e for share, e in zip(shares, values, strict=True)), nothing)
+
+
+@pytest.mark.parametrize("kind", ["mean", "last", "din", "dot"])
+def test_a_pooling_and_its_gradients_are_those_of_its_formula(kind, seed):
+    torch.manual_seed(seed)
+    is_attention = kind in {"din", "dot"}
+    config = FeatureConfig(
+        pooling="attention" if is_attention else kind,
+        target="item" if is_attention else None,
+        **({"attention": kind, "attention_layer_sizes": (6, 3)} if is_attention else {}),
+    )
+    module = KINDS[kind](config, DIM, NUM_POSITIONS).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    target = torch.randn(NUM_ROWS, DIM, dtype=torch.float64)
+    rows = [[torch.randn(DIM, dtype=torch.float64) for _ in range(length)] for length in LENGTHS]
+    is_bag = kind == "mean"
+    nothing = torch.zeros(DIM, dtype=torch.float64)
+    padded = [[sum(row, nothing)] if is_bag else [*row, *[nothing] * (NUM_POSITIONS - len(row))] for row in rows]
+    keys = torch.stack([torch.stack(row) for row in padded])
+
+    found = module(keys, torch.tensor(LENGTHS), target)
+    expected = torch.stack([by_its_formula(kind, module, row, target[b]) for b, row in enumerate(rows)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    weights = torch.randn_like(found)
+    parameters = list(module.parameters())
+    gradients = [
+        torch.autograd.grad((pooled * weights).sum(), parameters) if parameters else () for pooled in (found, expected)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+SCHEMA = """
+name = "shop"
+separator = ","
+columns = [
+    { role = "label", name = "click" },
+    { role = "dense", name = "age", kind = "float" },
+    { role = "sparse", name = "item", kind = "int" },
+    { role = "sparse", name = "city", kind = "string" },
+    { role = "sparse", name = "seen", LIST, keep = "last", max_values = 4},
+    { role = "sparse", name = "had", LIST, keep = "last", max_values = 3},
+    { role = "sparse", name = "left", LIST, max_values = 3},
+    { role = "sparse", name = "words", kind = "string", value_separator = "|" },
+    { role = "sparse", name = "streets", kind = "string", value_separator = "|", max_values = 2 },
+]
+[split]
+rule = "order"
+""".replace("LIST", 'kind = "int", table = "item", value_separator = "|"')
+NAMES = ["click", "age", "item", "city", "seen", "had", "left", "words", "streets"]
+STEPS, WIDTH = 6, 16
+# Every kind; of tables that are shared, smaller, or in two parts.
+SETTINGS = {
+    "model.features.seen.pooling": "attention",
+    "model.features.seen.target": "item",
+    "model.features.seen.attention_layer_sizes": "6,3",
+    "model.features.had.pooling": "attention",
+    "model.features.had.target": "item",
+    "model.features.had.attention": "dot",
+    "model.features.left.pooling": "last",
+    "model.features.words.pooling": "mean",
+    "model.features.words.quotient_remainder": "add",
+    "model.features.words.num_collisions": "3",
+    "model.features.streets.pooling": "attention",
+    "model.features.streets.target": "city",
+    "model.features.streets.embedding_dim": "8",
+    "model.dense_arch_layer_sizes": f"12,{WIDTH}",
+    "model.over_arch_layer_sizes": "8,1",
+    "model.table_init_scale": "4.0",
+    "table_optimizer.name": "sgd",
+    "table_optimizer.learning_rate": "20.0",
+    "dense_optimizer.name": "sgd",
+    "dense_optimizer.learning_rate": "0.5",
+    "train.max_steps": str(STEPS),
+    "train.precision": "float32",
+    "checkpoint.every_steps": "1",
+    "checkpoint.keep_last": str(STEPS),
+    "logging.tensorboard": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    path, draw = tmp_path_factory.mktemp("shop") / "log.csv", random.Random(3)
+
+    def several(count, values):
+        return "|".join(map(str, draw.choices(values, k=draw.randrange(count + 1))))
+
+    words, streets, lines = [f"w{i}" for i in range(12)], [f"s{i}" for i in range(9)], []
+    for _ in range(1_000):
+        item, seen = draw.randrange(30), several(6, range(30))
+        click = draw.random() < (0.8 if str(item) in seen.split("|") else 0.3)
+        cells = int(click), draw.random(), item, draw.choice(["Bonn", "Ulm"]), seen, several(5, range(30))
+        lines.append(",".join(map(str, (*cells, several(3, range(30)), several(3, words), several(3, streets)))))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(log, tmp_path_factory):
+    schema = FeatureSchema.model_validate(tomllib.loads(SCHEMA))
+    return preprocess([log], tmp_path_factory.mktemp("dataset") / "shop", schema, progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "run"
+    train(load_config("criteo-small", SETTINGS), dataset, path, progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "bundle"
+    export(run, path, progress=False)
+    return path
+
+
+def plain_vectors(weights, cells):
+    """The vector of each sparse feature of one row; ids are lists, the newest last."""
+
+    def table(name):
+        return weights[f"sparse_arch.embedding_bag_collection.embedding_bags.t_{name}.weight"]
+
+    def attention(name, item, values):
+        kind = name if name != "streets" else "seen"
+        prefix = f"sparse_arch.poolings.t_{name}."
+        total = torch.zeros(WIDTH, dtype=torch.float64)
+        if kind == "seen":
+            for e in values:
+                x = torch.cat([e, item, e - item, e * item])
+                numbers = sorted({key.removeprefix(f"{prefix}layers.")[0] for key in weights if key.startswith(prefix)})
+                for number in numbers:
+                    x = torch.relu(x) if number != "0" else x
+                    x = weights[f"{prefix}layers.{number}.weight"] @ x + weights[f"{prefix}layers.{number}.bias"]
+                total = total + x * e
+            return total
+        query = weights[f"{prefix}query.weight"] @ item
+        newest_first = values[::-1]
+        scores = [query @ (e + weights[f"{prefix}positions"][k]) / WIDTH**0.5 for k, e in enumerate(newest_first)]
+        if scores:
+            total = sum(s * e for s, e in zip(torch.stack(scores).softmax(0), newest_first, strict=True))
+        return total
+
+    nothing, items = torch.zeros(WIDTH, dtype=torch.float64), table("item")
+    item, city = items[cells["item"][0]], table("city")[cells["city"][0]]
+    words = [table("words_q")[i // 3] + table("words_r")[i % 3] for i in cells["words"]]
+    projection = weights["sparse_arch.projections.t_streets.weight"]
+    return [
+        item,
+        city,
+        attention("seen", item, [items[i] for i in cells["seen"]]),
+        attention("had", item, [items[i] for i in cells["had"]]),
+        items[cells["left"][-1]] if cells["left"] else nothing,
+        sum(words, nothing) / max(1, len(words)),
+        attention("streets", city, [projection @ table("streets")[i] for i in cells["streets"]]),
+    ]
+
+
+def plain_logits(weights, dense, rows):
+    """One row after the other, in float64."""
+    logits = []
+    for numbers, cells in zip(dense.double(), rows, strict=True):
+        vector = numbers
+        for layer in (0, 1):
+            name = f"dense_arch.model._mlp.{layer}._linear"
+            vector = torch.relu(weights[f"{name}.weight"] @ vector + weights[f"{name}.bias"])
+        vectors = [vector, *plain_vectors(weights, cells)]
+        pairs = [vectors[i] @ vectors[j] for i in range(len(vectors)) for j in range(i + 1, len(vectors))]
+        name = "over_arch.model.0._mlp.0._linear"
+        hidden = torch.cat([vector, torch.stack(pairs)])
+        hidden = torch.relu(weights[f"{name}.weight"] @ hidden + weights[f"{name}.bias"])
+        logits.append(weights["over_arch.model.1.weight"] @ hidden + weights["over_arch.model.1.bias"])
+    return torch.cat(logits)
+
+
+def cells_of(frame, dataset):
+    cells = {name: frame[name].to_list() for name in dataset.sparse_names}
+    lists = {name: [cell if isinstance(cell, list) else [cell] for cell in column] for name, column in cells.items()}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def test_a_step_of_all_poolings_is_that_of_plain_torch_in_float64(run, dataset):
+    frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits["train"].files]).slice(4 * 64, 64)
+    rows = EncodedRows.from_frame(frame, dataset.schema)
+    weights, after = weights_after(run, 4), weights_after(run, 5)
+    logits_B = plain_logits(weights, torch.from_numpy(rows.dense), cells_of(frame, dataset))
+    labels = torch.tensor(frame["click"].to_list(), dtype=torch.float64)
+    binary_cross_entropy_with_logits(logits_B, labels).backward()
+    assert "sparse_arch.poolings.t_had.positions" in weights
+    assert not any("t_seen.weight" in name for name in weights)
+    for name, weight in weights.items():
+        assert weight.grad.abs().max() > 1e-7, name
+        rate = 20.0 if "embedding_bags" in name else 0.5
+        torch.testing.assert_close(after[name], weight - rate * weight.grad, atol=1e-6, rtol=0, msg=name)
+
+
+def test_all_ways_to_predict_agree_with_the_checkpoint(serve, bundle, run, dataset, log, tmp_path):
+    assert BundleManifest.read(bundle).format_version == 10
+    assert_no_skew(serve, bundle, run, dataset, log, tmp_path)
+
+
+def train_sharded(dataset, folder):
+    """What each of two processes does: whole tables, and tables that are cut by rows."""
+    for kind in ("table_wise", "row_wise"):
+        rule = {"sharding.constraints": f"*={kind}"}
+        train(load_config("criteo-small", SETTINGS | rule), dataset, folder / kind, progress=False)
+
+
+def test_two_processes_train_the_same_weights_under_any_plan(run, dataset, tmp_path):
+    launch(train_sharded, dataset, tmp_path, processes=Processes(2))
+    one = weights_after(run, STEPS)
+    for kind in ("table_wise", "row_wise"):
+        two = weights_after(tmp_path / kind, STEPS)
+        assert one.keys() == two.keys()
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=0, msg=f"{kind} {key}")
