@@ -60,7 +60,8 @@ class FeatureRecord(_Frozen):
 
     Attributes:
         num_embeddings: rows of its table.
-        values_in_use: values that have an id; None where they are hashed, or are ids already.
+        values_in_use: values that have an id; None where they are hashed, are ids already, or are counted with those of
+            the feature whose table it shares.
         admitted: values that were given an id in this period.
         expired: values that lost theirs.
         unseen_fraction: of the values in this period's log, the fraction without an id in the base's vocabulary; None
