@@ -106,6 +106,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         is_weighted=dataset is not None and dataset.schema.has_value_weights,
         known_features=features,
         content=() if dataset is None else dataset.schema.content,
+        labels=config.train.label_names,
     )
     shape.architecture.check(shape)
     multi_valued = {feature.name for feature in features if feature.is_multi_valued}
