@@ -1,13 +1,15 @@
 """Measures `dlrm preprocess --cluster` by Dask workers that share nothing but a bucket, and kills some of them.
 
     python benchmarks/cluster.py --rows 200000 --workers 1 2 4 8 --json cluster.json
+    python benchmarks/cluster.py --rows 100000 --workers 8 --kills 20
 
 The bucket is moto's S3 server on the loopback interface, behind a proxy that counts bytes.  Each worker has its own
 mount namespace (where `unshare -m` is allowed), whose cache is a file system of its own.  However many cores there are,
 these do not depend on their number: seconds of processors and bytes moved of a row, and the part of the time of
 processors that is the command's own, which no worker takes from it.  What imports take is left out, and what Dask's
-workers take while they wait.  The first run kills a worker in each phase, and starts another.  All must give the bytes
-of a job without a cluster.
+workers take while they wait.  The first run kills a worker in each phase, and starts another.  With `--kills`, jobs run
+one after the other while workers are killed at random moments, each replaced by another.  All must give the bytes of a
+job without a cluster.
 
 Prints a table, and writes every figure as JSON.  Needs the development dependencies.
 """
@@ -15,6 +17,7 @@ Prints a table, and writes every figure as JSON.  Needs the development dependen
 import argparse
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -143,11 +146,70 @@ def measured(
     }
 
 
+def killed(
+    folder: Path,
+    environment: dict[str, str],
+    arguments: list[str],
+    options: argparse.Namespace,
+    expected: dict[str, bytes],
+) -> dict[str, Any]:
+    """Jobs, until so many workers were killed at random moments of them."""
+    luck, kills = random.Random(0), 0  # noqa: S311 - no secret
+    jobs: list[dict[str, Any]] = []
+    cluster, at_work = Cluster(folder, environment), threading.Event()
+
+    def kill() -> None:
+        nonlocal kills
+        while kills < options.kills:
+            time.sleep(luck.uniform(0.2, 2.0))
+            if at_work.is_set():
+                luck.choice([worker for worker in cluster.workers if worker.poll() is None]).send_signal(signal.SIGKILL)
+                cluster.start_worker()
+                kills += 1
+
+    try:
+        for _ in range(options.workers[0]):
+            cluster.start_worker()
+        cluster.wait_for(options.workers[0])
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        while killer.is_alive():
+            out, before = f"s3://clicks/killed-{len(jobs)}", kills
+            at_work.set()
+            wall_s, _ = preprocess([*arguments, "--out", out, "--cluster", cluster.address], environment)
+            at_work.clear()
+            is_same = bytes_of(out) == expected and not objects.listed(f"{out}.partial")
+            jobs.append({"kills": kills - before, "seconds": wall_s, "same_bytes": is_same})
+            print(json.dumps(jobs[-1]), file=sys.stderr, flush=True)
+    finally:
+        cluster.close()
+    print(f"{kills} kills in {len(jobs)} jobs; same bytes: {all(job['same_bytes'] for job in jobs)}")
+    return {"kills": kills, "jobs": jobs}
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    table = Table()
+    for column in ("workers", "killed", "rows/s", "CPU us/row", "bytes/row", "serial", "same bytes"):
+        table.add_column(column, justify="right")
+    for found in results:
+        cells = (found["rows_per_s"], found["cpu_us_per_row"], found["bytes_per_row"])
+        shown = f"{cells[0]:,.0f}", f"{cells[1]:.1f}", f"{cells[2]:,.0f}", f"{found['serial_fraction']:.1%}"
+        if found["killed"]:  # what the processors of killed workers did is not known
+            shown = shown[0], "", shown[2], ""
+        is_clean = found["same_bytes"] and not found["pieces_left"]
+        table.add_row(str(found["workers"]), str(found["killed"]), *shown, "yes" if is_clean else "NO")
+    Console().print(table)
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--kills", type=int, default=0, help="of workers, at random moments of jobs; nothing else is done"
+    )
     parser.add_argument("--memory", default="1GB", help="of each worker; the log is cut by it")
     parser.add_argument("--latency-s", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
@@ -165,7 +227,9 @@ def main() -> None:
         expected = bytes_of("s3://clicks/here")
         _, start_cpu_s = preprocess([log, "--out", "s3://clicks/here", *memory], environment)
         faults.latency_s = options.latency_s
-        for number, kills in [(2, True), *((number, False) for number in options.workers)]:
+        if options.kills:
+            results.append(killed(folder, environment, [log, *memory], options, expected))
+        for number, kills in [] if options.kills else [(2, True), *((number, False) for number in options.workers)]:
             cluster = Cluster(folder, environment)
             try:
                 for _ in range(number):
@@ -181,17 +245,8 @@ def main() -> None:
                 print(json.dumps(found), file=sys.stderr, flush=True)
             finally:
                 cluster.close()
-    table = Table()
-    for column in ("workers", "killed", "rows/s", "CPU us/row", "bytes/row", "serial", "same bytes"):
-        table.add_column(column, justify="right")
-    for found in results:
-        cells = (found["rows_per_s"], found["cpu_us_per_row"], found["bytes_per_row"])
-        shown = f"{cells[0]:,.0f}", f"{cells[1]:.1f}", f"{cells[2]:,.0f}", f"{found['serial_fraction']:.1%}"
-        if found["killed"]:  # what the processors of killed workers did is not known
-            shown = shown[0], "", shown[2], ""
-        is_clean = found["same_bytes"] and not found["pieces_left"]
-        table.add_row(str(found["workers"]), str(found["killed"]), *shown, "yes" if is_clean else "NO")
-    Console().print(table)
+    if not options.kills:
+        show(results)
     if options.json:
         about = {"rows": options.rows, "log_bytes": log_bytes, "memory": options.memory, "cores": os.cpu_count()}
         options.json.write_text(json.dumps({**about, "runs": results}, indent=2), encoding="utf-8")

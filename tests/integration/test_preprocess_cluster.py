@@ -15,7 +15,7 @@ from torchdlrm.progress import SilentProgress
 from torchdlrm.storage import objects
 from torchdlrm.storage.places import located
 
-OPTIONS = PreprocessOptions(min_count=2, part_rows=1000)
+OPTIONS = PreprocessOptions(min_count=2, part_rows=400)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory):
 def log(tmp_path_factory):
     rng = random.Random(3)
     lines = []
-    for _ in range(4000):
+    for _ in range(1500):
         sparse = [rng.choice(["", f"{int(rng.paretovariate(0.7)) % 2**32:08x}"]) for _ in range(26)]
         lines.append("\t".join([rng.choice("01"), *[str(rng.randrange(50)) for _ in range(13)], *sparse]) + "\n")
     path = tmp_path_factory.mktemp("log") / "log.tsv"

@@ -47,7 +47,7 @@ SCHEMA = FeatureSchema(
         DenseColumn(name="text", kind="vector", size=3),
     ),
 )
-OPTIONS = PreprocessOptions(min_count=2, part_rows=700)
+OPTIONS = PreprocessOptions(min_count=2, part_rows=280)
 NUM_ROUNDS = int(os.environ.get("TORCHDLRM_NUM_KILLS", "2"))  # CONTRIBUTING.md says when to ask for more
 PHASES = ("read", "count", "encode", "write")
 # Runs the job and tells the phase that begins, so that a test can kill it there.
@@ -66,7 +66,7 @@ class Told(SilentProgress):
     def advance(self, amount, **_):
         print(".", flush=True)
 preprocess([Path(sys.argv[1])], Path(sys.argv[2]), load_schema(sys.argv[3]),
-    PreprocessOptions(min_count=2, part_rows=700), Told(), chunk_bytes=3000, resources=Resources(workers=2))
+    PreprocessOptions(min_count=2, part_rows=280), Told(), chunk_bytes=3000, resources=Resources(workers=2))
 """
 
 
@@ -74,7 +74,7 @@ preprocess([Path(sys.argv[1])], Path(sys.argv[2]), load_schema(sys.argv[3]),
 def log(tmp_path_factory):
     rng = random.Random(5)
     lines = []
-    for i in range(6000):
+    for i in range(2400):
         tags = "|".join(f"{rng.randrange(90)}:{rng.gauss(0, 1):.2f}" for _ in range(rng.randrange(5)))
         city, item = (
             rng.choice(["", "Köln", "Oslo", f"c{rng.randrange(900)}"]),
@@ -200,7 +200,7 @@ def test_other_settings_are_named_and_stop_the_job_and_restart_forgets(log, unin
     out = tmp_path / "dataset"
     interrupt(log, out)
     with pytest.raises(DatasetError) as caught:
-        preprocess([log], out, SCHEMA, PreprocessOptions(min_count=3, part_rows=700, seed=9))
+        preprocess([log], out, SCHEMA, PreprocessOptions(min_count=3, part_rows=280, seed=9))
     message = str(caught.value)
     assert "min_count: was 2, is 3" in message
     assert "seed: was 0, is 9" in message
@@ -234,7 +234,7 @@ def test_a_log_that_changed_since_is_named(log, tmp_path):
 
 def test_memory_workers_and_allowed_bad_rows_may_change_when_a_job_goes_on(log, uninterrupted, tmp_path):
     interrupt(log, tmp_path / "dataset")
-    options = PreprocessOptions(min_count=2, part_rows=700, max_bad_rows=7)
+    options = PreprocessOptions(min_count=2, part_rows=280, max_bad_rows=7)
     told = []
 
     class Recorder(SilentProgress):

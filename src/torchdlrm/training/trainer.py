@@ -47,7 +47,7 @@ _FIRST_STEP = (
     "this machine has not run before"
 )
 _NOT_SAVED = (
-    "but it could not be saved (see above); make room and start the same command: it resumes from the last checkpoint"
+    "but it could not be saved (see above); mend that and start the same command: it resumes from the last checkpoint"
 )
 
 
