@@ -73,7 +73,7 @@ class Cluster:
         from distributed import Client  # noqa: PLC0415
 
         with Client(self.address, set_as_default=False) as client:
-            client.wait_for_workers(number, timeout=240)
+            client.wait_for_workers(number, timeout=600)
             client.run(__import__, "torchdlrm.preprocessing.preprocess")
 
     def cpu_s(self) -> float:
@@ -161,7 +161,7 @@ def killed(
     def kill() -> None:
         nonlocal kills
         while kills < options.kills:
-            time.sleep(luck.uniform(0.2, 2.0))
+            time.sleep(luck.uniform(1.0, 15.0))
             if at_work.is_set():
                 luck.choice([worker for worker in cluster.workers if worker.poll() is None]).send_signal(signal.SIGKILL)
                 cluster.start_worker()
