@@ -78,7 +78,7 @@ class Faults:
         cut: the share of answers that end in the middle.
         answer: (status, code) for all requests, such as (403, "AccessDenied").
         requests: "METHOD path" of each.
-        ranges: (path, first byte) of each request for a range.
+        ranges: (path, first byte, from the end where it is negative) of each request for a range.
     """
 
     port: int = 0
@@ -124,8 +124,8 @@ class _Proxy:
             self.faults.requests.append(" ".join(lines[0].split(" ")[:2]))
             fields = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:] if line)}
             if "range" in fields:
-                start = int(fields["range"].removeprefix("bytes=").partition("-")[0])
-                self.faults.ranges.append((lines[0].split(" ")[1], start))
+                first, _, last = fields["range"].removeprefix("bytes=").partition("-")
+                self.faults.ranges.append((lines[0].split(" ")[1], int(first) if first else -int(last)))
             if "expect" in fields:
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(int(fields.get("content-length", 0)))
