@@ -164,7 +164,8 @@ class FeatureSchema(Frozen):
 
     def label_columns(self, name: str) -> tuple[str, ...]:
         """What columns of values are called: `name` of the first label that is learnt, `name_LABEL` of each other."""
-        return (name, *(f"{name}_{label.name}" for label in self.learnt[1:]))
+        # A server asks for each request: most models have one label, and need not look for it.
+        return (name, *(() if self.run_labels is None else (f"{name}_{label.name}" for label in self.learnt[1:])))
 
     def by_label(self, values: NDArray[Any], name: str | None = None) -> dict[str, NDArray[Any]]:
         """Values of rows, [B] or of several labels [B, L], as those of each label [B].

@@ -91,7 +91,7 @@ class ServerMetrics:
         self._rows.inc(report.total_rows)
         self._batch_rows.observe(report.total_rows)
         for part in report.predictions:
-            first = next(iter(report.model.schema.by_label(part.probabilities).values()))
+            first = report.model.schema.by_label(part.probabilities, "")[""]
             self._predictions.inc(float(first.sum(dtype="float64")))
             for feature, count in part.num_unknown.items():
                 if count:
