@@ -131,7 +131,8 @@ def mixtures(level: Level, experts: Iterable[Any], gates: Iterable[Any], inputs:
     made = [expert(inputs[of]) for expert, of in zip(experts, level.reads, strict=True)]
     found = []
     for gate, (of, mixed) in zip(gates, level.gates, strict=True):
-        shares_B1E = torch.softmax(gate(inputs[of]).float(), dim=1).unsqueeze(1)
+        given = gate(inputs[of])
+        shares_B1E = torch.softmax(given, dim=1, dtype=torch.promote_types(given.dtype, torch.float32)).unsqueeze(1)
         experts_BEK = torch.stack([made[expert] for expert in mixed], dim=1)
         found.append(torch.bmm(shares_B1E.to(experts_BEK.dtype), experts_BEK).squeeze(1))
     return found

@@ -157,9 +157,10 @@ class _Answers:
         served, max_rows = service.bundles.current, service.options.max_rows_per_request
         rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
         answer = await self._predicted(request, served, rows, num_bytes, started_s)
-        found: dict[str, Any] = {"predictions": served.schema.by_label(answer.probabilities, "")[""]}
+        found: dict[str, Any] = {"predictions": answer.probabilities}
         if len(served.labels) > 1:
-            found["labels"] = served.schema.by_label(answer.probabilities)
+            labels = served.schema.by_label(answer.probabilities)
+            found = {"predictions": labels[served.labels[0]], "labels": labels}
         return _json({**found, "model": service.name, **identity_of(served.bundle)})
 
     async def explain(self, request: Request) -> Response:

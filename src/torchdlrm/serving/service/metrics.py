@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import prometheus_client.values
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -91,8 +92,8 @@ class ServerMetrics:
         self._rows.inc(report.total_rows)
         self._batch_rows.observe(report.total_rows)
         for part in report.predictions:
-            first = report.model.schema.by_label(part.probabilities, "")[""]
-            self._predictions.inc(float(first.sum(dtype="float64")))
+            of_first = np.atleast_2d(part.probabilities.T)[0]
+            self._predictions.inc(float(of_first.sum(dtype="float64")))
             for feature, count in part.num_unknown.items():
                 if count:
                     self._unknown.labels(feature).inc(count)
