@@ -16,70 +16,33 @@ import gzip
 import itertools
 import json
 import os
-import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 import numpy as np
-import torch
 from scipy import stats
-from torch import Tensor, nn
-from torch.nn.functional import softplus
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm import DLRM, Dataset, InteractionArch, binary_metrics, evaluate, load_config, preprocess, train
+from torchdlrm import Dataset, binary_metrics, evaluate, load_config, preprocess, train
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.data.dataset import rows_of_split
+from torchdlrm.exporting.checkpoint import CheckpointModel
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.model_class import architecture_of
+from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
+from torchdlrm.training.checkpoint_reader import CheckpointReader
+from torchdlrm.training.run import Run
 
 SCHEMAS = {"plain": "criteo", "bucketed": "criteo-bucketed"}
 LINES = "runs.jsonl"
 ZOO = Path(__file__).parents[1] / "examples" / "zoo"
 AVERAGED = 8  # checkpoints, over the last 30 % of the steps
-
-
-class Heads(DLRM):
-    """Several over arches that share tables and dense arch alone; each learns by itself, the logit is their mean."""
-
-    settings: ClassVar = {"num_heads": 8, "reads_vectors": False}
-
-    def __init__(
-        self, num_heads: int, *, reads_vectors: bool, over_arch_layer_sizes: list[int], **arguments: Any
-    ) -> None:
-        self.reads_vectors = reads_vectors
-        super().__init__(over_arch_layer_sizes=over_arch_layer_sizes, **arguments)
-        _, in_size = self.make_interaction(self.sparse_arch.F, self.sparse_arch.D)
-        self.over_arch = nn.ModuleList()
-        for inputs, outputs in itertools.pairwise([in_size, *over_arch_layer_sizes]):
-            layers = [nn.Linear(inputs, outputs) for _ in range(num_heads)]
-            weight, bias = torch.stack([each.weight for each in layers]), torch.stack([each.bias for each in layers])
-            self.over_arch.append(nn.ParameterList([weight.detach().transpose(1, 2), bias.detach().unsqueeze(1)]))
-
-    def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
-        """Dot products, and the vectors where they are read."""
-        num_vectors = num_sparse_features + 1
-        vectors = num_vectors if self.reads_vectors else 1
-        return InteractionArch(num_sparse_features), vectors * embedding_dim + num_vectors * (num_vectors - 1) // 2
-
-    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Any:
-        """Map a batch to logits [B, 1]; in training also to what the heads' mean loss is above that of the logit."""
-        dense, sparse = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
-        inputs = self.inter_arch(dense, sparse)
-        if self.reads_vectors:
-            inputs = torch.cat([inputs, sparse.flatten(1)], dim=1)
-        *hidden, (weight, bias) = self.over_arch
-        outputs = inputs.expand(len(weight), -1, -1)
-        for each in hidden:
-            outputs = torch.relu(torch.baddbmm(each[1], outputs, each[0]))
-        heads = torch.baddbmm(bias, outputs, weight).squeeze(2)
-        logits = heads.mean(dim=0)
-        if not self.training:
-            return logits.unsqueeze(1)
-        return logits.unsqueeze(1), softplus(heads).mean(dim=0) - softplus(logits)
 
 
 class Variant(NamedTuple):
@@ -103,8 +66,6 @@ def decay(rate: float) -> Variant:
 FLAT = Variant({}, f"{ZOO / 'pnn.py'}:PNN")
 TABM = Variant({}, f"{ZOO / 'tabm.py'}:TabM")
 TABM_FLAT = TABM | Variant({"model.settings.reads_vectors": "true"})
-HEADS = Variant({}, f"{__file__}:Heads")
-SMALL_HEADS = HEADS | Variant({"model.settings.num_heads": 4, "model.over_arch_layer_sizes": "128,64,1"})
 RATE = Variant({"dense_optimizer.learning_rate": 0.005})
 EPOCHS = Variant({"train.epochs": 2})
 FRESH = EPOCHS | Variant({"train.fresh_tables": "true"})
@@ -118,14 +79,9 @@ VARIANTS = {
     **{f"decay {rate:g}": decay(rate) for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
     **{f"scale {scale:g}": Variant({"model.table_init_scale": scale}) for scale in (0.5, 0.1, 0.03)},
     "average": AVERAGE,
-    "heads": HEADS,
-    "small heads": SMALL_HEADS,
-    "heads flat": HEADS | Variant({"model.settings.reads_vectors": "true"}),
     "scale 0.5 + decay 0.03": Variant({"model.table_init_scale": 0.5}) | decay(0.03),
-    "heads + decay 0.03": HEADS | decay(0.03),
     "two epochs": EPOCHS,
     "fresh tables": FRESH,
-    "fresh tables + heads": FRESH | HEADS,
     "fresh tables + decay 0.03": FRESH | decay(0.03),
     "batch 32": Variant({"train.batch_size_global": 32}),
     "tabm flat + decay + rate": TABM_FLAT | decay(0.003) | RATE,
@@ -208,7 +164,6 @@ def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, s
             found = averaged_metrics(run, path, variant)
         else:
             found = evaluate(run, split="val+test", model_class=variant.model_class, progress=False) or {}
-        shutil.rmtree(run)
     task = {"variant": name, "dataset": dataset, "cut": cut, "seed": seed}
     figures = {"auc": found["auc"], "logloss": found["logloss"], "rows_per_s": history.summary.rows_per_s}
     with (folder / LINES).open("a") as file:
@@ -217,14 +172,6 @@ def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, s
 
 def averaged_metrics(folder: Path, path: Path, variant: Variant) -> dict[str, Any]:
     """Metrics of the mean weights of the checkpoints that a run has kept."""
-    from torchdlrm.bundle.encoded_rows import EncodedRows  # noqa: PLC0415 - these with torch
-    from torchdlrm.data.dataset import rows_of_split  # noqa: PLC0415
-    from torchdlrm.exporting.checkpoint import CheckpointModel  # noqa: PLC0415
-    from torchdlrm.model.architecture import ModelShape  # noqa: PLC0415
-    from torchdlrm.model.model_class import architecture_of  # noqa: PLC0415
-    from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints  # noqa: PLC0415
-    from torchdlrm.training.checkpoint_reader import CheckpointReader  # noqa: PLC0415
-    from torchdlrm.training.run import Run  # noqa: PLC0415
 
     class Mean(CheckpointReader):
         """Stands for all of them."""

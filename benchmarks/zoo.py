@@ -2,13 +2,15 @@
 
     python benchmarks/zoo.py train.txt --folder zoo --seeds 10
 
-All train with the settings of criteo-small, which suit the dot products; see benchmarks/better.py for how they are
-judged, and for resuming.
+All train with the settings of criteo-small, which suit the dot products, but for DeepFM, whose file says others; see
+benchmarks/better.py for how they are judged, and for resuming.
 """
 
 import re
 
 from better import ZOO, Variant, main
+
+SETTINGS = {"deepfm": {"model.table_init_scale": 0.1, "table_optimizer.learning_rate": 0.02}}
 
 
 def models() -> dict[str, Variant]:
@@ -16,7 +18,7 @@ def models() -> dict[str, Variant]:
     found = {"dot": Variant()}
     for path in sorted(ZOO.glob("*.py")):
         *_, name = re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
-        found[path.stem] = Variant({}, f"{path}:{name}")
+        found[path.stem] = Variant(SETTINGS.get(path.stem, {}), f"{path}:{name}")
     return found
 
 

@@ -36,8 +36,11 @@ def test_each_epoch_begins_with_rows_of_its_own(small_dataset, tmp_path):
 
 def test_a_run_interrupted_around_an_epochs_end_equals_an_uninterrupted_one(small_dataset, tmp_path):
     train(load_config("criteo-small", SETTINGS), small_dataset, tmp_path / "whole")
-    for steps in (STEPS_PER_EPOCH, STEPS_PER_EPOCH + 4, None):
-        limit = {} if steps is None else {"train.max_steps": str(steps)}
+    for limit in (
+        {"train.epochs": "1", "train.fresh_tables": "false"},  # to be chosen for the second epoch
+        {"train.max_steps": str(STEPS_PER_EPOCH + 4)},
+        {},
+    ):
         history = train(load_config("criteo-small", SETTINGS | limit), small_dataset, tmp_path / "resumed")
     assert history.summary.step == 2 * STEPS_PER_EPOCH
     assert history.summary.resumed_from_step == STEPS_PER_EPOCH + 4

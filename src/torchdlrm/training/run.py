@@ -43,12 +43,12 @@ KEYS_THAT_CANNOT_CHANGE = (
     *("seed", "model.", "train.batch_size_global", "train.label", "train.labels"),
     *("train.loss_weights", "train.loss_weights."),
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
-    *("train.freeze", "train.fresh_tables", "warm_start."),
+    *("train.freeze", "warm_start."),
 )
 # These lead to other weights from here on, so a run that is complete was not trained with another value.
 KEYS_OF_WEIGHTS = (
     *("table_optimizer.", "dense_optimizer.", "schedule.", "stop.", "train.dropout", "train.negative_weight"),
-    *("train.precision", "train.tf32", "train.communication"),
+    *("train.precision", "train.tf32", "train.communication", "train.fresh_tables"),
 )
 # Where a plateau or early stopping looks at validations, these do too.
 KEYS_OF_VALIDATIONS = ("validation.every_steps", "validation.every_rows", "validation.max_rows")
