@@ -32,7 +32,7 @@ class TrainConfig(Section):
     fresh_tables: bool | None = Field(
         None,
         description="begin each epoch after the first with tables as a new run has them, while the dense parts keep "
-        "what they have learnt (arXiv:2305.18834): rows seen again are not known by heart; no when not set",
+        "what they have learnt (arXiv:2305.19531): rows seen again are not known by heart; no when not set",
     )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, regardless of epochs")
     device: DeviceChoice = Field(
