@@ -11,6 +11,7 @@ they are not installed.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 
 from torchdlrm import Dataset, binary_metrics, evaluate, load_config, load_schema, preprocess, train
@@ -28,6 +30,7 @@ from torchdlrm.data.dataset import rows_of_split
 from torchdlrm.processor import describe_processor
 
 MOST_LIKED, BATCH_ROWS, EPOCHS = 20, 128, 4
+HISTORY = f'value_separator = "|", table = "item", max_values = {MOST_LIKED}, keep = "last"'
 SCHEMA = f"""
 name = "movies"
 columns = [
@@ -41,8 +44,7 @@ columns = [
     {{ role = "sparse", name = "occupation" }},
     {{ role = "sparse", name = "item", kind = "int" }},
     {{ role = "sparse", name = "genres", value_separator = "|" }},
-    {{ role = "sparse", name = "history", kind = "int", value_separator = "|", table = "item",
-       max_values = {MOST_LIKED}, keep = "last" }},
+    {{ role = "sparse", name = "history", kind = "int", {HISTORY} }},
 ]
 [split]
 rule = "time"
@@ -97,7 +99,7 @@ def log_of(folder: Path) -> pl.DataFrame:
 
 def ours(dataset: Dataset, settings: dict[str, str], run: Path, seed: int) -> dict[str, float]:
     """The AUC of each label in test, of the best checkpoint by val."""
-    every = {"validation.interval_steps": str(dataset.splits["train"].rows // BATCH_ROWS), "seed": str(seed)}
+    every = {"validation.every_steps": str(dataset.splits["train"].rows // BATCH_ROWS), "seed": str(seed)}
     config = load_config("criteo-small", SETTINGS | every | settings)
     train(config, dataset, run, restart=run.exists(), progress=False)
     found = evaluate(run, dataset=dataset, split="test", progress=False)
@@ -120,8 +122,7 @@ def auc_of(labels: NDArray[Any], scores: NDArray[Any]) -> float:
 
 def by_lightgbm(frames: dict[str, pl.DataFrame], label: str, seed: int) -> float:
     """Its AUC in test; the history is the ids of the last three liked films."""
-    import lightgbm  # noqa: PLC0415 - optional
-
+    lightgbm: Any = importlib.import_module("lightgbm")
     names = ["age", "year", "user", "gender", "occupation", "item"]
     last = [pl.col("history").list.get(-1 - i, null_on_oob=True).fill_null(0).alias(f"last_{i}") for i in range(3)]
     categories = [*names[2:], "last_0", "last_1", "last_2"]
@@ -139,18 +140,16 @@ def by_lightgbm(frames: dict[str, pl.DataFrame], label: str, seed: int) -> float
 
 def by_fuxictr(frames: dict[str, pl.DataFrame], sizes: dict[str, int], seed: int) -> float:
     """The AUC in test of its DIN, of the best epoch by val."""
-    import fuxictr  # noqa: PLC0415 - optional
-    import torch  # noqa: PLC0415 - so is what follows
-    from fuxictr.features import FeatureMap  # noqa: PLC0415
-
-    place = Path(fuxictr.__file__).parents[1] / "model_zoo" / "LongCTR" / "DIN" / "DIN.py"
+    place = (
+        Path(str(importlib.import_module("fuxictr").__file__)).parents[1] / "model_zoo" / "LongCTR" / "DIN" / "DIN.py"
+    )
     spec = importlib.util.spec_from_file_location("fuxictr_din", place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.manual_seed(seed)
-    features = FeatureMap("movies", ".")
+    features = importlib.import_module("fuxictr.features").FeatureMap("movies", ".")
     features.labels, features.default_emb_dim = ["like"], 16
     features.features.update({name: {"type": "numeric", "source": "user"} for name in ("age", "year")})
     for name in ("user", "gender", "occupation", "item"):
@@ -190,7 +189,7 @@ def by_fuxictr(frames: dict[str, pl.DataFrame], sizes: dict[str, int], seed: int
     for _ in range(EPOCHS):
         model.train()
         for index, piece in enumerate(frames["train"].iter_slices(BATCH_ROWS)):
-            model._batch_index = index
+            model._batch_index, model._max_gradient_norm = index, 10.0  # as its `fit` sets them
             model.train_step(batch(piece))
         best = max(best, (score(frames["val"]), score(frames["test"])))
     return best[1]
@@ -206,7 +205,8 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     log, schema = options.folder / "movies.parquet", options.folder / "movies.toml"
-    log_of(options.data).write_parquet(log)
+    if not log.exists():  # a second time finds the dataset
+        log_of(options.data).write_parquet(log)
     schema.write_text(SCHEMA)
     dataset = preprocess(log, options.folder / "dataset", schema=load_schema(schema))
     frames, found = frames_of(dataset), defaultdict[tuple[str, str], list[float]](list)
