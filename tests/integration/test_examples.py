@@ -72,7 +72,7 @@ def test_both_labels_of_one_model_are_learnt(request, tmp_path):
 def test_items_without_a_row_are_known_by_their_content(request, tmp_path):
     output = run_example("content", tmp_path, request)
     assert float(re.search(r"AUC ([\d.]+) of", output)[1]) > 0.65
-    assert re.search(r"unknown content: \[0\.\d+ 0\.\d+ 0\.\d+\]", output)
+    assert re.search(r"unknown content: \[ *0\.\d+ +0\.\d+ +0\.\d+ *\]", output)
 
 
 def test_a_callback_is_told_of_every_interval_validation_and_checkpoint(request, tmp_path):

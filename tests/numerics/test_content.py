@@ -25,6 +25,7 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.columns import DenseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.loader.loader import Loader
+from torchdlrm.logs.proposal.propose import propose_schema
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.dlrm import VectorArch
 from torchdlrm.model.model_class import architecture_of
@@ -191,6 +192,20 @@ def test_a_bad_cell_of_a_log_is_a_bad_row(cell, shown, rows, schema, tmp_path):
     assert shown in str(error.value)
     made = preprocess(path, tmp_path / "dataset", schema, PreprocessOptions(max_bad_rows=1), progress=False)
     assert made.manifest.bad_rows.counts == {"vector": 1}
+
+
+def test_an_empty_list_is_a_missing_vector(rows, predictor):
+    row = {name: cell for name, cell in rows[0].items() if name not in ("click", "text")}
+    given = [row, {**row, "text": []}, {**row, "text": None}, {**row, "text": ""}, {**row, "text": [0, 0, 0, 0, 0.0]}]
+    assert len(set(predictor.predict(given).tolist())) == 1
+    assert not predictor.encode_rows(given).dense[:, 1:6].any()
+
+
+def test_a_proposal_has_the_vectors(rows, tmp_path):
+    proposed = propose_schema(written("list", rows, tmp_path))
+    vectors = [(column["name"], column["size"]) for column in proposed.schema["columns"] if "size" in column]
+    assert vectors == [("text", 5), ("picture", 3)]
+    assert not any("text" in warning for warning in proposed.warnings)
 
 
 def test_a_bad_number_of_a_text_is_shown(rows, schema, tmp_path):

@@ -15,7 +15,6 @@ from typing import Any, TypeGuard
 import numpy as np
 import orjson
 import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from torchdlrm.features.columns import Column, DenseColumn
@@ -30,7 +29,7 @@ def is_vector(column: Column) -> TypeGuard[DenseColumn]:
 
 def encode_vectors(vectors: pl.Series, column: DenseColumn) -> pl.Series:
     """A typed column as the dataset has it: lists of `stored`, of zeros where one is missing."""
-    return _lists(column.name, encoded_rows(rows_of(vectors, column), column))
+    return pl.Series(column.name, encoded_rows(rows_of(vectors, column), column)).arr.to_list()
 
 
 def encoded_rows(rows: NDArray[np.float32], column: DenseColumn) -> NDArray[Any]:
@@ -52,12 +51,6 @@ def rows_of(lists: pl.Series, column: DenseColumn) -> NDArray[np.float32]:
     return rows
 
 
-def _lists(name: str, rows: NDArray[Any]) -> pl.Series:
-    """Rows [B, S] as a column of lists."""
-    offsets = pa.array(np.arange(len(rows) + 1) * rows.shape[1], pa.int64())
-    return pl.Series(name, pa.LargeListArray.from_arrays(offsets, pa.array(rows.reshape(-1))))
-
-
 def typed_vectors(cells: pl.Series, column: DenseColumn) -> tuple[pl.Series, NDArray[np.bool_]]:
     """Cells as lists of S finite numbers, Float32, null where one is missing, zero or bad; and which are bad, [B].
 
@@ -70,14 +63,16 @@ def typed_vectors(cells: pl.Series, column: DenseColumn) -> tuple[pl.Series, NDA
     elif not isinstance(cells.dtype, pl.List):
         texts = cells.cast(pl.String).str.strip_chars("[ ]")
         cells = texts.str.split(",").list.eval(pl.element().str.strip_chars())
-    is_good = cells.list.len().fill_null(0).to_numpy() == column.size
+    lengths = cells.list.len().fill_null(0).to_numpy()
+    is_good = lengths == column.size
     # By way of float64, so that a number is rounded alike wherever it comes from.
     numbers = cells.filter(pl.Series(is_good)).explode().cast(pl.Float64, strict=False).cast(pl.Float32)
     rows = np.zeros((len(cells), column.size or 0), np.float32)
     rows[is_good] = numbers.to_numpy().reshape(-1, rows.shape[1])
     is_good &= np.isfinite(rows).all(axis=1)
-    typed = pl.select(pl.when(pl.Series(is_good & rows.any(axis=1))).then(_lists(column.name, rows))).to_series()
-    return typed, ~is_good & cells.is_not_null().to_numpy()
+    lists = pl.Series(column.name, rows).arr.to_list()
+    typed = pl.select(pl.when(pl.Series(is_good & rows.any(axis=1))).then(lists)).to_series()
+    return typed, ~is_good & (lengths > 0)
 
 
 def cells_of_json(cells: Sequence[Any], column: DenseColumn) -> pl.Series:

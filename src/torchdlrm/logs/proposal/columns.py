@@ -80,7 +80,14 @@ def choose_role(facts: Facts, *, is_whole_log: bool) -> Choice:
 
 def _without_information(facts: Facts) -> Choice | None:
     if facts.is_list:
-        return _several_values(facts.cells.explode().drop_nulls(), ",") if len(facts.cells) else None
+        values, sizes = (
+            facts.cells.explode().drop_nulls(),
+            facts.cells.list.len().replace(0, None).drop_nulls().unique(),
+        )
+        numbers = values.cast(pl.Float64, strict=False)
+        if len(sizes) == 1 and sizes[0] > 1 and not numbers.null_count() and _has_fractions(numbers):
+            return Choice("dense", "a vector", {"kind": "vector", "size": sizes[0]})
+        return _several_values(values, ",") if len(facts.cells) else None
     if not len(facts.cells):
         return Choice("ignore", "always missing")
     if facts.num_distinct == 1 and not facts.num_missing and facts.has_many:
