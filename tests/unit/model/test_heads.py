@@ -67,7 +67,8 @@ def test_logits_are_those_of_plain_torch_code(kind, seed):
     weights = dict(model.named_parameters())
     below = expected_towers_input(kind, weights, rows)
     towers = [layered(weights, f"towers.{t}.", inputs, last_is_linear=True) for t, inputs in enumerate(below)]
-    torch.testing.assert_close(model(rows), torch.cat(towers, dim=1), rtol=1e-12, atol=1e-12)
+    # The softmax of gates is float32 in every precision.
+    torch.testing.assert_close(model(rows), torch.cat(towers, dim=1), rtol=1e-5, atol=1e-7)
 
 
 def test_a_label_after_another_has_the_product_of_their_probabilities(seed):
