@@ -2,7 +2,9 @@
 
 import random
 import tomllib
+from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -10,17 +12,32 @@ from test_predictions_have_no_skew import assert_no_skew
 from test_smaller_tables import weights_after
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.flop_counter import FlopCounterMode
 
+from torchdlrm.bundle.apply import write_delta
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
-from torchdlrm.config import load_config
+from torchdlrm.bundle.patched_bundle import PatchedBundle
+from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.config import ModelConfig, load_config
 from torchdlrm.config.model import FeatureConfig
+from torchdlrm.errors import BundleError, ConfigError
+from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
 from torchdlrm.exporting.export import export
+from torchdlrm.exporting.onnx_file import write_onnx
+from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.model.pooling import KINDS
+from torchdlrm.features.tables import Feature, check_features
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.pooling import KINDS, pooled_features, pooling_of
 from torchdlrm.preprocessing.preprocess import preprocess
+from torchdlrm.sharding.tables import tables_of_model
+from torchdlrm.training.checkpoint import checkpoint_path
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.run import Run
 
 NUM_ROWS, NUM_POSITIONS, DIM = 7, 5, 4
 LENGTHS = [5, 0, 1, 3, 5, 2, 4]
@@ -261,3 +278,74 @@ def test_two_processes_train_the_same_weights_under_any_plan(run, dataset, tmp_p
         assert one.keys() == two.keys()
         for key, weight in one.items():
             torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=0, msg=f"{kind} {key}")
+
+
+def test_a_delta_of_rounded_tables_predicts_as_the_rounded_checkpoint(run, dataset, tmp_path):
+    paths = {}
+    for step in (2, STEPS):
+        options = ExportOptions(checkpoint=str(step), precision="int8", name="shop", max_logloss_increase=9.0)
+        paths[step] = export(run, tmp_path / f"{step}", options=options, progress=False).bundle.path
+    (tmp_path / "delta").mkdir()
+    write_delta(paths[2], paths[STEPS], tmp_path / "delta")
+    patched = PatchedBundle(Bundle.open(paths[2]), Delta.open(tmp_path / "delta"))
+    frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits["test"].files])
+    rows = EncodedRows.from_frame(frame, dataset.schema)
+    whole, again = (ServedModel(bundle, "float32").logits(rows) for bundle in (Bundle.open(paths[STEPS]), patched))
+    assert np.array_equal(whole, again)
+    checkpoint = CheckpointReader(checkpoint_path(run / "checkpoints", STEPS))
+    rounded = CheckpointModel(checkpoint, Run.open(run).shape(dataset)).logits(rows, ["int8"] * len(NAMES[2:]))
+    np.testing.assert_allclose(whole, rounded, rtol=0, atol=1e-6)
+    with pytest.raises(BundleError, match="seen is not pooled by sum"):
+        write_onnx(Bundle.open(paths[2]), tmp_path / "model.onnx")
+
+
+ITEM, LIST = Feature("item", 9), Feature("seen", 9, is_multi_valued=True, max_values=4, table="item")
+ATTENTION = {"pooling": "attention", "target": "item"}
+
+
+@pytest.mark.parametrize("kind", ["din", "dot"])
+def test_the_products_of_attention_are_those_that_are_computed(kind):
+    model = ModelConfig(embedding_dim=DIM, features={"seen": FeatureConfig(**ATTENTION, attention=kind)})
+    shape = ModelShape(model, 3, 2, known_features=(ITEM, LIST))
+    alone = replace(shape, config=model.with_features({}))
+    counted = sum(product.multiply_adds for product in shape.products[len(alone.products) :])
+    pool = pooling_of(pooled_features(shape.tables)["seen"])
+    with FlopCounterMode(display=False) as found:
+        pool(torch.rand(NUM_ROWS, 4, DIM), torch.full((NUM_ROWS,), 2), torch.rand(NUM_ROWS, DIM))
+    assert found.get_total_flops() == 2 * NUM_ROWS * counted
+    (table,) = tables_of_model(shape.tables)
+    assert (table.name, table.pooling_factor) == ("t_item", 5)  # the item, and four positions
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        ({"seen": {"target": "item"}}, "seen.target: only pooling = attention reads it"),
+        ({"seen": {"pooling": "attention"}}, "seen.target: pooling = attention needs it"),
+        ({"item": {"pooling": "mean"}}, "item.pooling: item has one value a row"),
+        ({"seen": {**ATTENTION, "target": "itme"}}, "itme is no sparse feature of one value a row; did you mean item?"),
+        ({"seen": {**ATTENTION, "target": "words"}}, "words is no sparse feature of one value a row"),
+        ({"words": ATTENTION}, "words.pooling: attention needs max_values of words in the schema"),
+        ({"item": {"quotient_remainder": "add"}, "seen": ATTENTION}, "does not go with quotient_remainder of item"),
+        ({"seen": {"pooling": "last", "embedding_dim": 4}}, "shares the table of item"),
+    ],
+)
+def test_what_cannot_be_pooled_is_refused(features, words):
+    model = ModelConfig(features={name: FeatureConfig(**given) for name, given in features.items()})
+    problems = model.feature_problems()
+    try:
+        check_features(model, (ITEM, LIST, Feature("words", 5, is_multi_valued=True)))
+    except ConfigError as error:
+        problems.append(str(error))
+    assert any(words in problem for problem in problems), problems
+
+
+def test_a_config_that_pools_by_sum_is_written_as_before():
+    assert FeatureConfig(embedding_dim=4).model_dump().keys() == {
+        "embedding_dim",
+        "quotient_remainder",
+        "num_collisions",
+    }
+    assert FeatureConfig(pooling="last").model_dump().keys() >= {"pooling"}
+    written = FeatureConfig(**ATTENTION).model_dump()
+    assert FeatureConfig(**written) == FeatureConfig(**ATTENTION)
