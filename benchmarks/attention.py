@@ -21,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read wh
 
 import numpy as np
 import polars as pl
+import torch
 
 from torchdlrm import ExportOptions, Predictor, export, load_config, preprocess, train
 from torchdlrm.bundle import TablePrecision
@@ -52,9 +53,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["int8", "float32"], help="of the tables")
     parser.add_argument("--poolings", nargs="+", default=list(POOLINGS), choices=list(POOLINGS))
     parser.add_argument("--set", nargs="*", default=[], help="further settings of din and dot, as KEY=VALUE")
+    parser.add_argument("--cpu", action="store_true", help="one thread, and its CPU time: where others use the machine")
     parser.add_argument("--json", type=Path, help="write the measurements here, too")
     options = parser.parse_args()
     print(describe_processor())
+    if options.cpu:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu else time.perf_counter
     more = dict(text.split("=", 1) for text in options.set)
     found = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +69,7 @@ def main() -> None:
             bundles = {
                 name: _bundle(folder, dataset, options.config, name, precision, more) for name in options.poolings
             }
-            found += measured(bundles, dataset, options.batch_rows, options.rounds, precision)
+            found += measured(bundles, dataset, options.batch_rows, options.rounds, precision, clock)
     if options.json:
         report = {"processor": describe_processor(), "options": vars(options) | {"json": None}, "measured": found}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -107,7 +112,12 @@ def _bundle(
 
 
 def measured(
-    bundles: Mapping[str, Path], dataset: Dataset, batch_rows: int, rounds: int, precision: str
+    bundles: Mapping[str, Path],
+    dataset: Dataset,
+    batch_rows: int,
+    rounds: int,
+    precision: str,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Times of all bundles by turns."""
     frame = next(iter(rows_of_split(dataset, "train"))).head(batch_rows)
@@ -118,7 +128,7 @@ def measured(
         times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds + 1):  # the first one warms up
             for name, step in steps.items():
-                times[name].append(_seconds(step[kind][0]))
+                times[name].append(_seconds(step[kind][0], clock))
         print(f"{precision + ', ' + kind:32} {'us/row':>10} {'rows/s':>10} {'times the bag':>14}")
         for name, seconds in times.items():
             num_rows, counted, bag = steps[name][kind][1], seconds[1:], times["sum"][1:]
@@ -149,10 +159,10 @@ def json_rows(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _seconds(step: Callable[[], object]) -> float:
+def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
     """Of a call, in the mean over those of a turn."""
-    started_s, calls = time.perf_counter(), 0
-    while (passed_s := time.perf_counter() - started_s) < _MIN_SECONDS or not calls:
+    started_s, calls = clock(), 0
+    while (passed_s := clock() - started_s) < _MIN_SECONDS or not calls:
         step()
         calls += 1
     return passed_s / calls

@@ -150,7 +150,7 @@ def log(tmp_path_factory):
         return "|".join(map(str, draw.choices(values, k=draw.randrange(count + 1))))
 
     words, streets, lines = [f"w{i}" for i in range(12)], [f"s{i}" for i in range(9)], []
-    for _ in range(1_000):
+    for _ in range(2_000):
         item, seen = draw.randrange(30), several(6, range(30))
         click = draw.random() < (0.8 if str(item) in seen.split("|") else 0.3)
         cells = int(click), draw.random(), item, draw.choice(["Bonn", "Ulm"]), seen, several(5, range(30))
