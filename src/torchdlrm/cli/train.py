@@ -45,6 +45,7 @@ def train(
     run: Path,
     from_run: Annotated[Path | None, Parameter(name=["--from", "--from-run"])] = None,
     freeze: str | None = None,
+    init_table: tuple[str, ...] = (),
     own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     restart: bool = False,
     machines: Machines = Machines(),  # noqa: B008 - likewise
@@ -66,6 +67,7 @@ def train(
         from_run: A run to start a new one from, with its weights and optimizer state, on a dataset whose vocabularies
             extend those of its own (`dlrm preprocess --extend-vocabulary`); `--warm-start.checkpoint` chooses which.
         freeze: Parts that stay as they are: tables, dense, or names of features and modules such as over_arch.
+        init_table: Feature and file, as in item=vectors.parquet (value, vector): its table begins with these vectors.
         restart: Remove the run that is in the folder and begin again.
         max_restarts: How often all processes are started again after one has died, from the last checkpoint.
         plan: A plan.json that `dlrm plan --out` wrote, to follow; without it training makes a plan.
@@ -80,6 +82,8 @@ def train(
         raise ConfigError(msg)
     _set_key(overrides, "sharding.plan", None if plan is None else shown(plan.resolve()), "--plan")
     _set_key(overrides, "train.freeze", freeze, "--freeze")
+    for feature, _, file in (given.partition("=") for given in init_table):
+        _set_key(overrides, f"train.init_tables.{feature}", file, "--init-table")
     if profile and "logging.profile_steps" not in {name.replace("-", "_") for name in overrides}:
         overrides["logging.profile_steps"] = "20"
     settings = load_config(path, overrides)

@@ -77,6 +77,9 @@ class TrainConfig(Section):
         description="parts that training leaves as they are, weights and optimizer state, to the bit: tables (all), "
         "dense (all but the tables), features, or modules of the model such as dense_arch or over_arch",
     )
+    init_tables: dict[str, str] | None = Field(
+        None, description='Parquet files (value, vector) that tables begin with, as in {item = "vectors.parquet"}'
+    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a process before the job fails")
     num_threads: PositiveInt | None = Field(
         None, description="threads of each process on CPU; when not set, chosen by its cores and its work"
@@ -379,8 +382,9 @@ def _fresh_tables_problems(config: Config) -> list[str]:
     key, found = "train.fresh_tables", []
     if config.train.epochs == 1:
         found.append(f"{key}: there is no epoch after the first; set train.epochs = 2, or leave it out")
-    if config.train.freeze:
-        found.append(f"{key}: would change what train.freeze keeps ({', '.join(config.train.freeze)}); set one of both")
+    for other, how in (("freeze", "keeps"), ("init_tables", "gives")):
+        if given := getattr(config.train, other):
+            found.append(f"{key}: would change what train.{other} {how} ({', '.join(given)}); set one of both")
     if config.sharding.cache_fraction is not None:
         found.append(f"{key}: not where GPUs cache tables (sharding.cache_fraction); set one of both")
     return found

@@ -8,11 +8,18 @@ Why: docs/decisions/initial-weights-do-not-depend-on-the-plan.md.
 from collections.abc import Sequence
 
 import numpy as np
+import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import ConfigError
+from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.tables import FeatureTable
+from torchdlrm.storage.mirror import fetch
+from torchdlrm.storage.places import located
 
 _BLOCK_ROWS = 65_536
 
@@ -62,3 +69,48 @@ def initialize_tables(
                 drawn = values[begin - start : end - start, first_column : first_column + columns]
                 with torch.no_grad():
                     shard.tensor[begin - first_row : end - first_row].copy_(torch.from_numpy(drawn))
+
+
+def known_rows(
+    file: str, name: str, tables: Sequence[FeatureTable], dataset: Dataset
+) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
+    """A table's name, ids of it, and rows [ids, dim] for them: the vectors of a Parquet file (value, vector).
+
+    Longer vectors become their leading principal components; shorter ones are filled up with zeros.
+
+    Raises:
+        ConfigError: there is no such file or no such table.
+        DatasetError: the feature has no vocabulary.
+    """
+    try:
+        table = {table.table_key: table for table in tables}[name]
+        values = pl.read_parquet(fetch(located(file)), columns=["value", "vector"])
+        vectors = np.stack([*values["vector"].cast(pl.List(pl.Float64)).to_numpy()])
+        if not np.isfinite(vectors).all():
+            raise ValueError("a number is not finite")
+    except KeyError as error:
+        msg = f"train.init_tables.{name}: the model has no such table"
+        raise ConfigError(msg) from error
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        msg = f"train.init_tables.{name}: {file} is no Parquet file of columns value and vector, lists of one length, "
+        msg += f"with a vector for each value: {error}"
+        raise ConfigError(msg) from error
+    dim = table.dim if table.asked is None else table.asked.dim
+    if vectors.shape[1] > dim:
+        vectors = vectors - vectors.mean(axis=0)
+        vectors = vectors @ np.linalg.eigh(vectors.T @ vectors)[1][:, : -dim - 1 : -1]
+    vocabulary = dataset.vocabulary(name.partition("@")[0])
+    typed = values.select(KINDS[vocabulary.kind].from_text(pl.col("value").cast(pl.String))).to_series()
+    ids = vocabulary.lookup(typed).to_numpy().astype(np.int64)
+    rows = np.pad(vectors, ((0, 0), (0, table.dim - vectors.shape[1]))).astype(np.float32)
+    return table.name, ids[ids > 0], rows[ids > 0]
+
+
+def set_rows(model: nn.Module, table: str, ids: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+    """Give those ids of a sharded table that this rank has these rows."""
+    for value in (value for name, value in model.state_dict().items() if f".{table}." in name):
+        for shard in value.local_shards():
+            (first, column), (count, width) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+            here = (ids >= first) & (ids < first + count)
+            found = torch.from_numpy(rows[here, column : column + width]).to(shard.tensor.device)
+            shard.tensor.detach()[torch.from_numpy(ids[here] - first).to(found.device)] = found

@@ -60,10 +60,8 @@ class ShopGenerator:
         labels = {"click": bits[0] < self._thresholds[points]}
         others = {f"without_{name}": 2 * _points(rest + self._intercept) + labels["click"] for name in self._extras}
         if others.pop("without_purchase", None) is not None:
-            of_click, of_purchase = (
-                self._thresholds[at].astype(np.uint64)
-                for at in (points, _points((rest + added) * 3 // 4 + own + self._of_purchase))
-            )
+            then = _points((rest + added) * 3 // 4 + own + self._of_purchase)
+            of_click, of_purchase = (self._thresholds[at].astype(np.uint64) for at in (points, then))
             labels["purchase"] = labels["click"] & (bits[1] < of_purchase)
             of_both = np.searchsorted(self._thresholds, of_click * of_purchase >> np.uint64(32)).astype(np.int32)
             others["purchase"] = 2 * of_both + labels["purchase"]
@@ -71,11 +69,8 @@ class ShopGenerator:
         lists = pl.selectors.array().arr.to_list()
         frame = frame.with_columns(lists.list.head(pl.col("length")) if "history" in columns else lists)
         texts = pl.selectors.list().cast(pl.List(pl.String)).list.join(VALUE_SEPARATOR)
-        text = (
-            frame.drop("length")
-            .with_columns(texts)
-            .write_csv(separator="\t", include_header=start == 0, quote_style="never")
-        )
+        cells = frame.drop("length").with_columns(texts)
+        text = cells.write_csv(separator="\t", include_header=start == 0, quote_style="never")
         return Rows(text.encode(), b"", 2 * points + labels["click"], others)
 
     def _draw(self, start: int, end: int) -> tuple[dict[str, NDArray[Any]], NDArray[Any], _Numbers, _Numbers, _Numbers]:

@@ -54,6 +54,7 @@ class Environment(TypedDict):
     dataset: _DatasetRecord
     model_class: NotRequired[ModelClassRecord]
     warm_start: NotRequired[WarmStartRecord]
+    init_tables: NotRequired[dict[str, dict[str, Any]]]  # by table: file, sha256, how many values it knew and did not
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from torchdlrm.config import Config, StopConfig, config_toml, load_config, setti
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import RunError, UserError
 from torchdlrm.features.schema import problems
-from torchdlrm.files import write_atomically
+from torchdlrm.files import sha256_of, write_atomically
 from torchdlrm.folders import wrong_folder
 from torchdlrm.metrics import metrics_of_any
 from torchdlrm.model.architecture import Architecture, ModelShape
@@ -41,7 +41,7 @@ _SMALL_FILES = (CONFIG_NAME, "*.json", METRICS_NAME)
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = (
     *("seed", "model.", "train.batch_size_global", "train.label", "train.labels"),
-    *("train.loss_weights", "train.loss_weights."),
+    *("train.loss_weights", "train.loss_weights.", "train.init_tables", "train.init_tables."),
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
     *("train.freeze", "warm_start."),
 )
@@ -242,6 +242,17 @@ class Run:
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise RunError(msg)
+
+    def record_init_table(self, name: str, file: str, num_known: int, num_unknown: int) -> None:
+        """Record what a table has begun with: a file, how many values have a vector in it, and how many have none."""
+        record = {
+            "file": file,
+            "sha256": sha256_of(mirror.fetch(places.located(file))),
+            "known": num_known,
+            "unknown": num_unknown,
+        }
+        tables = {**self.environment.get("init_tables", {}), name: record}
+        self._write_environment({**self.environment, "init_tables": tables})
 
     def take_model_class(self, architecture: Architecture) -> None:
         """Record the file of a model class that was allowed to be another one, once it has loaded the checkpoint."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, first_and_others
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener, noting_if_slow
+from torchdlrm.sharding.weights import known_rows, set_rows
 from torchdlrm.training.checkpoint import Position, not_finite_error
 from torchdlrm.training.checkpoint_state import TakeOver
 from torchdlrm.training.checkpointer import Checkpointer
@@ -133,6 +135,7 @@ class Trainer:
 
     def _first_position(self) -> Position:
         """Where a run starts, with the weights that it was built with or those of another run."""
+        self._begin_with_known_rows()
         if self._source is None:
             return self._position
         config = self._config
@@ -144,6 +147,17 @@ class Trainer:
             factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )
         return replace(self._position, steps_before=self._checkpointer.start_from(self._source.checkpoint, how))
+
+    def _begin_with_known_rows(self) -> None:
+        """Those of `train.init_tables`; what another run has learnt replaces them."""
+        for name, file in (self._config.train.init_tables or {}).items():
+            read = partial(known_rows, file, name, self._shape.tables, self._dataset)
+            table, ids, rows = self._ranks.on_first(read)
+            set_rows(self._model, table, ids, rows)
+            known, all_values = len({*ids.tolist()}), self._dataset.num_embeddings[name.partition("@")[0]] - 1
+            line = f"{name}: {known:,} values begin with a vector of {file}, {all_values - known:,} have none there"
+            self._progress.note(line)
+            self._ranks.on_first(partial(self._run.record_init_table, name, file, known, all_values - known))
 
     def _train(self, start: int) -> str:
         """Train after step `start` until something says to stop; what that was."""
