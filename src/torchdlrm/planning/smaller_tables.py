@@ -61,9 +61,12 @@ def with_quotients(problem: Problem, max_bytes: float, num_collisions: int) -> P
     None where that is not enough. Rows are multiplied where a row of the batch looks one id up, else added.
     """
     missing, features = problem.table_bytes - max_bytes, {}
+    single_rows = {key.name for key in problem.shape.tables if key.position is not None}
     for table in sorted(_whole_tables(problem), key=lambda table: -table.rows):
         if missing <= 0:
             break
+        if table.name in single_rows:  # which two tables do not give
+            continue
         is_single = table.pooling_factor <= 1 and table.name not in problem.multi_valued
         feature = FeatureConfig(quotient_remainder="mult" if is_single else "add", num_collisions=num_collisions)
         whole = replace(problem, tables=(table,))
@@ -100,5 +103,9 @@ def _size_bytes(problem: Problem, table: Table) -> int:
 def _with_features(problem: Problem, features: dict[str, FeatureConfig]) -> Problem:
     old = problem.shape.config
     only = old.with_features(features)
-    shape = replace(problem.shape, config=old.with_features({**old.features, **features}))
+    merged = {
+        name: old.features.get(name, FeatureConfig()).model_copy(update=feature.model_dump(exclude_unset=True))
+        for name, feature in features.items()  # what becomes of its values stays
+    }
+    shape = replace(problem.shape, config=old.with_features({**old.features, **merged}))
     return replace(problem, shape=shape, tables=tuple(with_features(problem.tables, only)))

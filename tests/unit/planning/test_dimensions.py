@@ -8,12 +8,13 @@ import pytest
 from helpers.random_problems import problem as problem_with
 from torchdlrm.config import FeatureConfig, load_config
 from torchdlrm.errors import ConfigError, PlanError
+from torchdlrm.features.tables import Feature
 from torchdlrm.planning.plan import problem_of
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies
 from torchdlrm.planning.smaller_tables import with_quotients, with_smaller_dims
 from torchdlrm.sharding.solution import try_solve
-from torchdlrm.sharding.tables import Table, preset_tables
+from torchdlrm.sharding.tables import Table, preset_tables, tables_of_model
 
 KAGGLE = problem_with(preset_tables("criteo-kaggle", 128), 1)
 
@@ -66,6 +67,20 @@ def test_as_few_tables_as_are_needed_are_divided_and_multiplied_only_where_cells
     all_of_them = with_quotients(problem, 516 * 800, 4)
     assert all_of_them.shape.config.features["d"].quotient_remainder == "add"
     assert with_quotients(problem, 516 * 10, 4) is None
+
+
+def test_what_becomes_of_the_values_of_a_list_stays():
+    """And a table whose single rows are looked up is not divided."""
+    config = KAGGLE.shape.config.with_features({"history": FeatureConfig(pooling="last")})
+    features = Feature("history", 1_000_000, is_multi_valued=True, max_values=3), Feature("item", 900_000)
+    shape = replace(KAGGLE.shape, config=config, num_sparse=2, known_features=features)
+    asked = replace(KAGGLE, shape=shape, tables=tuple(tables_of_model(shape.tables)))
+    smaller = with_smaller_dims(asked, asked.table_bytes / 4).shape.config.features
+    assert smaller["history"].pooling == "last"
+    assert smaller["history"].embedding_dim < 128
+    divided = with_quotients(asked, asked.table_bytes * 0.7, 4).shape.config.features
+    assert divided["item"].quotient_remainder == "mult"
+    assert divided["history"] == FeatureConfig(pooling="last")
 
 
 def test_products_that_project_are_counted():
