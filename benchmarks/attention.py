@@ -23,6 +23,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from behaviour import POOLINGS
 from torchdlrm import ExportOptions, Predictor, export, load_config, preprocess, train
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.bundle import Bundle
@@ -31,13 +32,6 @@ from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.processor import describe_processor
 
-POOLINGS: Mapping[str, Mapping[str, str]] = {
-    "sum": {},
-    "mean": {"pooling": "mean"},
-    "last": {"pooling": "last"},
-    "din": {"pooling": "attention", "target": "item"},
-    "dot": {"pooling": "attention", "target": "item", "attention": "dot"},
-}
 _TRAIN_ROWS, _JSON_ROWS = 6_000, 256
 _MIN_SECONDS = 0.2  # of a turn
 

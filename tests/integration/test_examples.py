@@ -13,7 +13,6 @@ from torchdlrm import compare, evaluate
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
     "content": ["."],
-    "deepfm": ["DATASET", "run"],
     "evaluate_and_compare": ["DATASET", "runs"],
     "finalnet": ["DATASET", "run"],
     "own_interaction": ["DATASET", "run"],
@@ -50,7 +49,7 @@ def test_a_loop_of_ones_own_learns(request, tmp_path):
     assert auc > 0.6
 
 
-@pytest.mark.parametrize("name", ["deepfm", "finalnet", "own_interaction", "own_loss"])
+@pytest.mark.parametrize("name", ["finalnet", "own_interaction", "own_loss"])
 def test_a_model_of_ones_own_learns(request, tmp_path, name):
     auc = float(re.search(r"'auc': ([\d.]+)", run_example(name, tmp_path, request))[1])
     assert auc > 0.6
