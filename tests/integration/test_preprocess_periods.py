@@ -10,7 +10,7 @@ import pytest
 from helpers.period_reference import Vocabulary, next_period
 from helpers.raw_logs import checksums
 from torchdlrm.cli.main import app
-from torchdlrm.data.dataset import oldest_version
+from torchdlrm.data.manifest import oldest_version
 from torchdlrm.data.summary import summarize
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn

@@ -14,7 +14,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from helpers.predicted import rows_of_request
 from torchdlrm.config import load_config
-from torchdlrm.data.dataset import Dataset, oldest_version
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import oldest_version
 from torchdlrm.errors import DatasetError, LogError, RunError
 from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torchdlrm.cli.terminal import look_at, print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
-    from torchdlrm.data.dataset import Manifest
+    from torchdlrm.data.manifest import Manifest
     from torchdlrm.data.summary import DatasetSummary, FrequentValue
     from torchdlrm.features.schema import FeatureSchema
     from torchdlrm.features.transforms import DenseTransform

@@ -18,7 +18,8 @@ from torchdlrm.cli.terminal import (
     saying_at_ctrl_c,
     warn,
 )
-from torchdlrm.data.dataset import Dataset, Manifest
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import Manifest
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.bad_rows import describe_bad_rows
 from torchdlrm.features.schema_file import load_schema, with_split

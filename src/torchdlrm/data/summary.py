@@ -5,7 +5,8 @@ In: a `Dataset`.  Out: a `DatasetSummary`.  Cost: reads the vocabularies, none o
 
 from dataclasses import dataclass
 
-from torchdlrm.data.dataset import Dataset, TurnoverRecord
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import TurnoverRecord
 from torchdlrm.data.splits import SplitName
 
 

@@ -29,7 +29,8 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import MANIFEST_NAME, BundleManifest
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
-from torchdlrm.data.dataset import Dataset, SparseRecord
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import SparseRecord
 from torchdlrm.errors import LiveError
 from torchdlrm.evaluation.predictions import SCORES_NAME
 from torchdlrm.exporting.export import export

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from torchdlrm.data.dataset import write_part
+from torchdlrm.data.manifest import FileRecord
 from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes, buckets, order_in_bucket
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.encode import encode_dense
@@ -22,6 +23,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
 from torchdlrm.features.vectors import encode_vectors
+from torchdlrm.files import replacing_durably
 from torchdlrm.jobs.sections import Sections, as_table, write_sections
 from torchdlrm.jobs.work_folder import Result
 from torchdlrm.preprocessing.read import ChunkFile, smallest_type, stored_categories
@@ -29,6 +31,11 @@ from torchdlrm.preprocessing.tally import Tally, dense_bins
 from torchdlrm.storage.reading import parts_of, read_each
 
 POSITION = "@position"
+# A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
+ROW_GROUP_ROWS = 16_384
+# Values of features with fewer ids than this repeat often enough in a row group for a Parquet dictionary to pay.
+_DICTIONARY_MAX_IDS = 2_048
+_IDS, _WEIGHTS = (pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32()))
 
 
 @dataclass(frozen=True)
@@ -260,5 +267,43 @@ def write_rows(
         if column in sparse_names:
             values = values.cast(pl.List(pl.Int32) if values.dtype == pl.List else pl.Int32)
         columns.append(values)
-    record = write_part(pl.DataFrame(columns), schema, num_embeddings, folder, name)
+    record = _write_part(pl.DataFrame(columns), schema, num_embeddings, folder, name)
     return record.model_dump()
+
+
+def _write_part(
+    rows: pl.DataFrame, schema: FeatureSchema, num_embeddings: Mapping[str, int], folder: Path, name: str
+) -> FileRecord:
+    """Write encoded rows as one Parquet file `folder/name`; the same rows give the same bytes.
+
+    No column has nulls, which spares readers the definition levels.  There are no statistics: rows are shuffled, so the
+    range of a row group says nothing.
+    """
+    fields = [pa.field(column.name, pa.int8(), nullable=False) for column in schema.labels]
+    floats = [column.name for column in (schema.weight, *schema.dense) if column is not None]
+    fields += [pa.field(name, pa.float32(), nullable=False) for name in floats]
+    kinds = {column.name: getattr(pa, column.stored or "")() for column in schema.content}
+    vectors = {name: pa.list_(pa.field("element", kind, nullable=False)) for name, kind in kinds.items()}
+    fields += [pa.field(name, kind, nullable=False) for name, kind in vectors.items()]
+    for column in schema.sparse:
+        fields.append(pa.field(column.name, _IDS if column.is_multi_valued else pa.int32(), nullable=False))
+        if column.weights_name is not None:
+            fields.append(pa.field(column.weights_name, _WEIGHTS, nullable=False))
+    arrow_schema = pa.schema(fields)
+    # One chunk a column: the writer starts a new page wherever a chunk ends.
+    arrays = [rows[field.name].rechunk().to_arrow().cast(field.type) for field in fields]
+    small = [field.name for field in fields if num_embeddings.get(field.name, 0) <= _DICTIONARY_MAX_IDS]
+    lists = [name for column in schema.sparse if column.is_multi_valued for name in column.encoded_names]
+    with replacing_durably(folder / name) as temporary:
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=arrow_schema),
+            temporary,
+            row_group_size=ROW_GROUP_ROWS,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[f"{name}.list.element" if name in lists else name for name in small],
+            write_statistics=False,
+            write_page_checksum=True,
+            store_schema=False,
+        )
+    return FileRecord.of(folder, name, rows.height)

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchdlrm.data.dataset import (
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import (
     MANIFEST_NAME,
-    ROW_GROUP_ROWS,
     BadRowsRecord,
-    Dataset,
     FileRecord,
     Manifest,
     SourceRecord,
@@ -35,7 +34,7 @@ from torchdlrm.jobs.workers import Task, Workers
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import Chunk, extra_columns
 from torchdlrm.preprocessing.count import add_moments, sum_moments
-from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
+from torchdlrm.preprocessing.encode import ROW_GROUP_ROWS, Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.preprocessing.place import place_chunks
 from torchdlrm.preprocessing.read import ChunkFile, read_chunk, unpack

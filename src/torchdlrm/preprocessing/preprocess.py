@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm import __version__
-from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import MANIFEST_NAME, Manifest
 from torchdlrm.errors import ConfigError, DatasetError, LogError, differences
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema

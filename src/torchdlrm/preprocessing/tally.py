@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from torchdlrm.data.dataset import FileRecord, SplitRecord
+from torchdlrm.data.manifest import FileRecord, SplitRecord
 from torchdlrm.features.columns import LabelColumn, SparseColumn
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 

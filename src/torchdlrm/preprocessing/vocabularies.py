@@ -21,7 +21,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from torchdlrm.data.dataset import file_record
+from torchdlrm.data.manifest import FileRecord
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.vocabulary import (
@@ -192,7 +192,7 @@ def assign_ids(
         "admitted": num_new,
         "expired": num_known - num_kept,
         "records": {
-            what: file_record(dataset, f"{what}/{name}", count).model_dump()
+            what: FileRecord.of(dataset, f"{what}/{name}", count).model_dump()
             for what, count in written.items()
             if count or what == "vocabulary"
         },

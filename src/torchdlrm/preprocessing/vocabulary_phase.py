@@ -10,13 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchdlrm.data.dataset import (
-    MANIFEST_NAME,
-    ExtendedRecord,
-    FileRecord,
-    SparseRecord,
-    TurnoverRecord,
-)
+from torchdlrm.data.manifest import MANIFEST_NAME, ExtendedRecord, FileRecord, SparseRecord, TurnoverRecord
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import SparseColumn

@@ -96,51 +96,63 @@ def read_each(items: Iterable[Any], read: Callable[[Any], _Result]) -> Iterator[
     yield from (future.result() for future in waiting)
 
 
-class _Ranges(io.RawIOBase):
-    """An object as a file: what is read is asked for at once, in ranges, and some ahead of a reader that goes on."""
+class Seekable(io.RawIOBase):
+    """A file of a known size, for reading; subclasses say how, by `readinto`, which moves the `position`."""
 
-    def __init__(self, url: str, identity: FileIdentity) -> None:
+    def __init__(self, size_bytes: int) -> None:
         super().__init__()
-        self._url, self._identity = url, identity
-        self._position, self._asked, self._ahead_bytes = 0, 0, 0
-        self._ranges: deque[tuple[int, Future[bytes]]] = deque()  # where each ends; they follow each other
+        self.size_bytes, self.position = size_bytes, 0
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def seekable(self) -> bool:
+        """It is."""
         return True
 
-    def tell(self) -> int:
-        return self._position
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a place, at the least 0; which it is."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size_bytes}[whence]
+        self.position = max(0, start + offset)
+        return self.position
+
+
+class _Ranges(Seekable):
+    """An object as a file: what is read is asked for at once, in ranges, and some ahead of a reader that goes on."""
+
+    def __init__(self, url: str, identity: FileIdentity) -> None:
+        super().__init__(identity.size_bytes)
+        self._url, self._identity = url, identity
+        self._asked, self._ahead_bytes = 0, 0
+        self._ranges: deque[tuple[int, Future[bytes]]] = deque()  # where each ends; they follow each other
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._identity.size_bytes}[whence]
-        position = max(0, start + offset)
-        if position != self._position:
+        before, position = self.position, super().seek(offset, whence)
+        if position != before:
             self._drop()
-            self._position = self._asked = position
-        return self._position
+            self._asked = position
+        return position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
-        start, end = self._position, min(self._position + len(buffer), self._identity.size_bytes)
+        start, end = self.position, min(self.position + len(buffer), self.size_bytes)
         # A buffer reads a block behind what is wanted.
-        self._ask(min(end + (len(buffer) > _BUFFER_BYTES) * _BUFFER_BYTES, self._identity.size_bytes))
+        self._ask(min(end + (len(buffer) > _BUFFER_BYTES) * _BUFFER_BYTES, self.size_bytes))
         if self._asked - end <= self._ahead_bytes // 2:
-            self._ask(min(end + self._ahead_bytes, self._identity.size_bytes))
+            self._ask(min(end + self._ahead_bytes, self.size_bytes))
             self._ahead_bytes = min(max(4 * self._ahead_bytes, _FIRST_AHEAD_BYTES), _MOST_AHEAD_BYTES)
-        while self._position < end:
+        while self.position < end:
             range_end, future = self._ranges[0]
             if (lent := place.get(None)) is not None and not future.done():
                 lent.release()
                 wait([future])
                 lent.acquire()
             data = future.result()
-            at = self._position - (range_end - len(data))
-            piece = memoryview(data)[at : at + end - self._position]
-            buffer[self._position - start : self._position - start + len(piece)] = piece
-            self._position += len(piece)
-            if self._position == range_end:
+            at = self.position - (range_end - len(data))
+            piece = memoryview(data)[at : at + end - self.position]
+            buffer[self.position - start : self.position - start + len(piece)] = piece
+            self.position += len(piece)
+            if self.position == range_end:
                 self._ranges.popleft()
         return max(0, end - start)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torchdlrm.errors import RunError, shown
 from torchdlrm.files import regular_file
 from torchdlrm.storage.mirror import fetch_missing
+from torchdlrm.storage.reading import Seekable
 
 MODEL = "model.model."  # the state's name for the model, then DLRMTrain's for the DLRM
 _LOCAL_HEADER_BYTES = 30
@@ -362,29 +363,16 @@ def _first_byte(part: StoredPart, dtype: np.dtype[Any]) -> int:
     return part.first_byte + start
 
 
-class _Part(io.RawIOBase):
+class _Part(Seekable):
     """A part of a file as a file of its own, for reading."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
+        super().__init__(length)
+        self._file, self._start = file, start
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        view = memoryview(buffer)[: max(0, self._length - self._position)]
-        self._file.seek(self._start + self._position)
+        view = memoryview(buffer)[: max(0, self.size_bytes - self.position)]
+        self._file.seek(self._start + self.position)
         count = self._file.readinto(view)
-        self._position += count
+        self.position += count
         return count

@@ -12,7 +12,8 @@ import torch
 from typing_extensions import TypedDict
 
 from torchdlrm import __version__
-from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import MANIFEST_NAME
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import ModelClassRecord, record_of

@@ -23,6 +23,7 @@ from torchdlrm.sharding.solution import Solution
 from torchdlrm.sharding.tables import tables_of_model
 from torchdlrm.storage.places import located
 from torchdlrm.tables.optimizers import check_table_optimizer
+from torchdlrm.training.changes import Change
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
@@ -31,7 +32,7 @@ from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, 
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
-from torchdlrm.training.run import METRICS_NAME, Change, Run, fetch_run
+from torchdlrm.training.run import METRICS_NAME, Run, fetch_run
 from torchdlrm.training.sharded import check_freeze
 from torchdlrm.training.source_run import SourceRun, find_source
 from torchdlrm.training.steps import Agenda, check_validations

@@ -10,14 +10,14 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from torchdlrm.config import Config, StopConfig, config_toml, load_config, setting_values
-from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
+from torchdlrm.config import Config, config_toml, load_config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.manifest import MANIFEST_NAME
 from torchdlrm.errors import RunError, UserError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import sha256_of, write_atomically
@@ -28,6 +28,7 @@ from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architectu
 from torchdlrm.notebook import notebook_view
 from torchdlrm.storage import mirror, places
 from torchdlrm.storage.lease import held
+from torchdlrm.training.changes import Change, changes_between
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
@@ -38,41 +39,6 @@ CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.js
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # Of a run at a URL, what is looked at from the start; weights are fetched when they are read.
 _SMALL_FILES = (CONFIG_NAME, "*.json", METRICS_NAME)
-# With another value of these, the saved weights, optimizer state or position mean something else.
-KEYS_THAT_CANNOT_CHANGE = (
-    *("seed", "model.", "train.batch_size_global", "train.label", "train.labels"),
-    *("train.loss_weights", "train.loss_weights.", "train.init_tables", "train.init_tables."),
-    *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
-    *("train.freeze", "warm_start."),
-)
-# These lead to other weights from here on, so a run that is complete was not trained with another value.
-KEYS_OF_WEIGHTS = (
-    *("table_optimizer.", "dense_optimizer.", "schedule.", "stop.", "train.dropout", "train.negative_weight"),
-    *("train.precision", "train.tf32", "train.communication", "train.fresh_tables"),
-)
-# Where a plateau or early stopping looks at validations, these do too.
-KEYS_OF_VALIDATIONS = ("validation.every_steps", "validation.every_rows", "validation.max_rows")
-
-
-@dataclass(frozen=True)
-class Change:
-    """A key of the config that differs between the start of a run and now."""
-
-    key: str
-    before: object
-    now: object
-
-    @property
-    def is_fatal(self) -> bool:
-        """Whether the run cannot be resumed with it."""
-        return self.is_of(KEYS_THAT_CANNOT_CHANGE)
-
-    def is_of(self, names: Collection[str]) -> bool:
-        """Whether its key is one of these, or in a section that ends with a dot."""
-        return any(self.key == name or (name.endswith(".") and self.key.startswith(name)) for name in names)
-
-    def __str__(self) -> str:
-        return f"{self.key}: was {shown(self.before)}, is {shown(self.now)}"
 
 
 class Run:
@@ -183,13 +149,11 @@ class Run:
         """
         path = self.path / ENVIRONMENT_NAME
         try:
-            return TypeAdapter(Environment).validate_python(json.loads(path.read_text(encoding="utf-8")))
+            return TypeAdapter(Environment).validate_json(path.read_bytes())
         except OSError as error:
             why = error.strerror or str(error)
         except ValidationError as error:
             why = "; ".join(["damaged", *(line.strip() for line in problems(error))])
-        except (ValueError, RecursionError) as error:
-            why = f"damaged: {error}"
         msg = (
             f"{path}: {why}. It says which dataset the run belongs to: put it back from a copy, or from another run on "
             "the same dataset"
@@ -245,12 +209,8 @@ class Run:
 
     def record_init_table(self, name: str, file: str, num_known: int, num_unknown: int) -> None:
         """Record what a table has begun with: a file, how many values have a vector in it, and how many have none."""
-        record = {
-            "file": file,
-            "sha256": sha256_of(mirror.fetch(places.located(file))),
-            "known": num_known,
-            "unknown": num_unknown,
-        }
+        sha256 = sha256_of(mirror.fetch(places.located(file)))
+        record = {"file": file, "sha256": sha256, "known": num_known, "unknown": num_unknown}
         tables = {**self.environment.get("init_tables", {}), name: record}
         self._write_environment({**self.environment, "init_tables": tables})
 
@@ -276,13 +236,12 @@ class Run:
                 msg = f"`run`: {self.path} is not empty and holds no run; give another folder"
                 raise RunError(msg)
             return []
-        changes = self._changes()
+        changes = changes_between(load_config(self.path / CONFIG_NAME, is_of_run=True), self.config)
         fatal = [f"{change}; the saved state means something else with it" for change in changes if change.is_fatal]
-        if manifest_sha256(dataset) != self.environment["dataset"]["manifest_sha256"]:
-            fatal.append(
-                f"`dataset`: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
-            )
-        late = [change for change in changes if self._has_done(num_steps) and self._is_too_late(change)]
+        trained_on = self.environment["dataset"]
+        if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
+            fatal.append(f"`dataset`: was {trained_on['path']}, is {dataset.path} (another dataset.json)")
+        late = [change for change in changes if self._has_done(num_steps) and change.is_too_late(self.config)]
         fatal += [f"{change}; the run is complete, trained with what it was" for change in late]
         before, now = self.model_class, record_of(architecture)
         difference = difference_from(before, architecture, "run")
@@ -384,16 +343,6 @@ class Run:
     def _has_done(self, num_steps: int | None) -> bool:
         return num_steps is not None and max(list_checkpoints(self.checkpoints), default=-1) >= num_steps
 
-    def _is_too_late(self, change: Change) -> bool:
-        """Whether a complete run would have other weights with it."""
-        looks = self.config.schedule.kind == "plateau" or self.config.stop != StopConfig()
-        return not change.is_fatal and change.is_of((*KEYS_OF_WEIGHTS, *(KEYS_OF_VALIDATIONS if looks else ())))
-
-    def _changes(self) -> list[Change]:
-        before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)
-        names = dict.fromkeys((*now, *before))  # those of features are there if they are set
-        return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
-
     def _remove_left_overs(self) -> None:
         """Remove what a killed process has half written; the holder of the lock knows that no other writes."""
         names = (CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME, TRACKERS_NAME)
@@ -446,8 +395,3 @@ def _is_of_a_start(path: Path) -> bool:
     """Whether a first start leaves this that was killed, or found the disk full, before it had written the config."""
     temporary = tuple(f".{name}." for name in (ENVIRONMENT_NAME, CONFIG_NAME))
     return path.name in {LOCK_NAME, ENVIRONMENT_NAME} or path.name.startswith(temporary)
-
-
-def shown(value: object) -> object:
-    """A setting's value as messages show it."""
-    return "not set" if value is None else list(value) if isinstance(value, tuple) else value

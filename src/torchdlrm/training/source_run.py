@@ -21,6 +21,7 @@ from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import difference_from
 from torchdlrm.storage import places
+from torchdlrm.training.changes import shown
 from torchdlrm.training.checkpoint import (
     RECORD_NAME,
     ChosenCheckpoint,
@@ -29,7 +30,7 @@ from torchdlrm.training.checkpoint import (
     list_checkpoints,
 )
 from torchdlrm.training.environment import WarmStartRecord, manifest_sha256
-from torchdlrm.training.run import Run, fetch_run, shown
+from torchdlrm.training.run import Run, fetch_run
 
 _MAX_SHOWN = 8
 

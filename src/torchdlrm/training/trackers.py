@@ -20,8 +20,9 @@ from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
 from torchdlrm.files import write_atomically
 from torchdlrm.toml import did_you_mean
+from torchdlrm.training.changes import shown
 from torchdlrm.training.log import Callback, Metrics, Outcome
-from torchdlrm.training.run import TRACKERS_NAME, shown
+from torchdlrm.training.run import TRACKERS_NAME
 
 # What MLflow calls an outcome.
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}

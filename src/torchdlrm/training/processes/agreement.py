@@ -25,8 +25,8 @@ from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import record_of
 from torchdlrm.storage.mirror import fetch
 from torchdlrm.storage.places import located
+from torchdlrm.training.changes import shown
 from torchdlrm.training.environment import versions
-from torchdlrm.training.run import shown
 
 # Machines import torch at different speeds, which a short `train.timeout_s` must not call a lost process.
 _LEAST_WAIT_S = 60.0
