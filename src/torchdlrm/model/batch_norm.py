@@ -3,8 +3,8 @@
 `torch.nn.BatchNorm1d` takes mean and variance of the rows of its own process, rows of padding included, and each
 process would have running statistics of its own; `torch.nn.SyncBatchNorm` is for GPUs alone.  This one is for both.
 
-Cost: on several processes two all-reduces of C + 1 numbers in the forward pass and two in the backward pass.  It is the
-one module that asks for the other processes; a loss of a model's own may, by `global_mean`.
+Cost: on several processes one all-reduce of 2 C + 1 numbers in the forward pass and one in the backward pass.  It is
+the one module that asks for the other processes; a loss of a model's own may, by `global_mean`.
 
 B rows of the batch on this rank, C features, R ranks.
 """
@@ -63,9 +63,11 @@ class GlobalBatchNorm1d(nn.Module):
             assert not self.num_padding, "a single process has no padding"
             return self._by_torch(inputs_BC, by_batch=len(inputs_BC) > 1)
         exact_BC = _exact(inputs_BC)
-        rows_BC = exact_BC[: len(exact_BC) - self.num_padding]
-        mean_C, num_rows = _over_processes(rows_BC)
-        variance_C, _ = _over_processes((rows_BC - mean_C).square())
+        # In float64 the squares of float32 are exact, so that nothing is lost where the mean is large.
+        rows_BC = exact_BC[: len(exact_BC) - self.num_padding].double()
+        (mean_C, square_C), num_rows = _over_processes(torch.stack([rows_BC, rows_BC.square()], dim=1))
+        variance_C = (square_C - mean_C.square()).clamp(min=0).to(exact_BC.dtype)
+        mean_C = mean_C.to(exact_BC.dtype)
         # No more than one row on any rank, so all of them ask; otherwise no rank waits for its GPU.
         if len(inputs_BC) <= 1 and int(num_rows) == 1:
             return self._by_torch(inputs_BC, by_batch=False)
