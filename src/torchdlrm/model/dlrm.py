@@ -8,6 +8,7 @@ B rows of the batch on this rank, F sparse features, D embedding dimension, N = 
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,10 +39,19 @@ def stack_embeddings(embeddings: KeyedTensor, feature_names: list[str], embeddin
 
 
 @fx.wrap
-def embeddings_by_key(embeddings: KeyedTensor) -> dict[str, Tensor]:
-    """The pooled embeddings of each key: [B, dimension of its table]."""
-    found: dict[str, Tensor] = embeddings.to_dict()
-    return found
+def embeddings_of_groups(embeddings: KeyedTensor, groups: Sequence[Sequence[FeatureTable]]) -> list[Tensor]:
+    """What the keys of each group have looked up: [B, K * dim], a view where a group's K keys lie side by side.
+
+    All are parts of one split, whose gradient is made by copying theirs once.
+    """
+    places = {key: place for place, key in enumerate(embeddings.keys())}
+    order = sorted(groups, key=lambda group: places[group[0].key])
+    if [table.key for group in order for table in group] != [*places]:
+        by_key = embeddings.to_dict()
+        return [torch.cat([by_key[table.key] for table in group], dim=1) for group in groups]
+    parts = embeddings.values().split([len(group) * group[0].dim for group in order], dim=1)
+    of_first = {group[0].key: part for group, part in zip(order, parts, strict=True)}
+    return [of_first[group[0].key] for group in groups]
 
 
 @dataclass
@@ -86,32 +96,6 @@ def _projection(table: FeatureTable) -> nn.Linear:
     return layer
 
 
-def _feature_vectors(
-    tables: Sequence[FeatureTable],
-    embeddings: Mapping[str, Tensor],
-    projections: nn.ModuleDict,
-) -> dict[str, list[Tensor]]:
-    """What each feature's keys give, [B, D] each: its vector, but for those whose values are looked up one by one.
-
-    Args:
-        tables: of all keys; a remainder's follows that of its quotient.
-        embeddings: the pooled rows of each, by key: [B, dim].
-        projections: what maps those of smaller tables to D, by the name of the table.
-    """
-    vectors: dict[str, list[Tensor]] = {table.feature: [] for table in tables}
-    for table in tables:
-        if table.asked is not None:
-            continue
-        vector = embeddings[table.key]
-        if table.is_remainder:
-            quotient = vectors[table.feature].pop()
-            vector = quotient * vector if table.combination == "mult" else quotient + vector
-        elif table.dim < table.vector_dim:
-            vector = projections[table.name](vector)
-        vectors[table.feature].append(vector)
-    return vectors
-
-
 class SparseArch(nn.Module):
     """Looks up and pools the embeddings of each feature; rows of smaller tables become vectors of dimension D.
 
@@ -141,6 +125,9 @@ class SparseArch(nn.Module):
         self.projections = nn.ModuleDict(
             {table.name: _projection(table) for table in self._tables if table.dim < table.vector_dim}
         ).to(dense_device)
+        # The keys of a sequence are one group; every other key is one by itself.
+        groups = groupby(self._tables, lambda table: table.key if table.position is None else table.feature)
+        self._groups = [[*group] for _, group in groups]
         self._pooled = {table_name(name): keys for name, keys in pooled_features(self._tables).items()}
         self.poolings = nn.ModuleDict({name: pooling_of(keys) for name, keys in self._pooled.items()})
         self.poolings.to(dense_device)
@@ -150,14 +137,28 @@ class SparseArch(nn.Module):
         embeddings = self.embedding_bag_collection(features)
         if self._are_plain:
             return stack_embeddings(embeddings, self.sparse_feature_names, self.D)
-        found = _feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections)
-        vectors = {name: own[0] for name, own in found.items()}
+        vectors = self._vectors(embeddings)
         for name, pool in self.poolings.items():
             key = self._pooled[name][0]
-            own_BKD = torch.stack(found[key.feature], dim=1)
-            target_BD = found[getattr(key.pooling, "target", None) or key.feature][0]
+            own_BKD, target_BD = (
+                vectors[of] for of in (key.feature, getattr(key.pooling, "target", None) or key.feature)
+            )
             vectors[key.feature] = pool(own_BKD, self._lengths(key, own_BKD.shape[1], features).sum(dim=0), target_BD)
         return torch.stack([*vectors.values()], dim=1)
+
+    def _vectors(self, embeddings: KeyedTensor) -> dict[str, Tensor]:
+        """The vector of each feature, [B, D]; of one that is pooled what its keys have looked up, [B, K, D]."""
+        vectors: dict[str, Tensor] = {}
+        for (table, *_), found in zip(self._groups, embeddings_of_groups(embeddings, self._groups), strict=True):
+            vector = found if table.pooling is None else found.unflatten(1, (-1, table.dim))
+            if table.is_remainder:
+                quotient = vectors[table.feature]
+                vector = quotient * vector if table.combination == "mult" else quotient + vector
+            elif table.dim < table.vector_dim:
+                vector = self.projections[table.name](vector)
+            if table.asked is None:
+                vectors[table.feature] = vector
+        return vectors
 
     def sequences(self, features: KeyedJaggedTensor) -> dict[str, tuple[Tensor, Tensor]]:
         """What was looked up of the features whose values are looked up one by one.
@@ -166,10 +167,9 @@ class SparseArch(nn.Module):
             Of such a feature by its name the embeddings [B, P, D], the newest value's first and zeros behind a row's
             last, and where there is a value, bool [B, P].
         """
-        embeddings = embeddings_by_key(self.embedding_bag_collection(features))
-        found = _feature_vectors(self._tables, embeddings, self.projections)
+        vectors = self._vectors(self.embedding_bag_collection(features))
         return {
-            key.feature: (torch.stack(found[key.feature], dim=1), self._lengths(key, 1 + len(more), features).t() > 0)
+            key.feature: (vectors[key.feature], self._lengths(key, 1 + len(more), features).t() > 0)
             for key, *more in self._pooled.values()
             if key.position is not None
         }
@@ -182,9 +182,9 @@ class SparseArch(nn.Module):
 
     def group(self, name: str, features: KeyedJaggedTensor) -> Tensor:
         """The rows of a group of tables that a model class asks for: [B, F, dim] of F features, in schema order."""
-        keys = [(table.key, table.asked.dim) for table in self._tables if table.asked and table.asked.group == name]
-        found = embeddings_by_key(self.embedding_bag_collection(features))
-        return torch.stack([found[key][:, :dim] for key, dim in keys], dim=1)
+        found = embeddings_of_groups(self.embedding_bag_collection(features), self._groups)
+        tables = zip((group[0].asked for group in self._groups), found, strict=True)
+        return torch.stack([rows[:, : asked.dim] for asked, rows in tables if asked and asked.group == name], dim=1)
 
 
 class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
