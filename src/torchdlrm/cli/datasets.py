@@ -114,7 +114,7 @@ def _print_summary(summary: "DatasetSummary") -> None:
         return " ".join(f"{100 * fractions[name]:5.1f}" for name in splits)
 
     def drifts(drift: Mapping[Any, float]) -> str:
-        return " ".join(f"{drift[name]:4.2f}" for name in splits[1:])
+        return " ".join(f"{drift[name]:4.2f}" if name in drift else f"{'-':>4}" for name in splits[1:])
 
     rows = [
         {"split": split, "rows": f"{size.rows:,}", "click rate": f"{size.click_rate:.4f}"}

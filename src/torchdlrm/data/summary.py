@@ -35,7 +35,7 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class DenseSummary:
-    """A dense column; shares are of the rows of each split."""
+    """A dense column; shares are of the rows of each split. Of vectors no drift is known."""
 
     transform: str
     missing_share: dict[SplitName, float]
@@ -121,7 +121,7 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
             column.name: DenseSummary(
                 f"{column.transform}, {column.size} numbers" if column.size else column.transform,
                 {split_name: split.missing_rate(column.name) for split_name, split in splits.items()},
-                {split_name: split.drift.get(column.name, 0.0) for split_name, split in splits.items()},
+                {name: split.drift.get(column.name, 0.0) for name, split in splits.items() if column.size is None},
             )
             for column in (*dataset.schema.dense, *dataset.schema.content)
         },
