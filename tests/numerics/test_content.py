@@ -18,9 +18,11 @@ from helpers.trainings import losses
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import rows_of_split
-from torchdlrm.errors import BundleError, ConfigError, LogError, RowError
+from torchdlrm.data.summary import summarize
+from torchdlrm.errors import ConfigError, LogError, RowError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.formats import export_as
+from torchdlrm.exporting.onnx_file import onnx_inputs
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.columns import DenseColumn
 from torchdlrm.features.schema import FeatureSchema
@@ -152,6 +154,8 @@ def test_the_dataset_has_what_numpy_makes_of_the_vectors(rows, dataset):
         np.testing.assert_array_equal(text.to_numpy(), (x / length).astype(np.float16))
         np.testing.assert_array_equal(picture.to_numpy(), np.array(row["picture"] or [0.0] * 3, np.float32))
     assert dataset.manifest.splits["test"].missing_rows["text"] == sum(row["text"] is None for row in rows[-140:])
+    summary = summarize(dataset, 1).dense
+    assert (summary["text"].drift, summary["price"].drift.keys()) == ({}, {"train", "val", "test"})
 
 
 def test_batches_have_the_vectors_behind_the_dense_features(dataset):
@@ -327,7 +331,7 @@ def test_what_is_served_is_the_checkpoint_whatever_the_interaction(dataset, tmp_
         assert exported.bundle.manifest.format_version == 10
 
 
-def test_a_graph_and_a_model_without_content_are_refused(predictor, dataset, tmp_path):
+def test_a_model_without_content_is_refused(dataset):
     def whole(embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device):
         raise AssertionError
 
@@ -335,9 +339,14 @@ def test_a_graph_and_a_model_without_content_are_refused(predictor, dataset, tmp
     own = replace(shape, given_architecture=architecture_of(shape.config, whole))
     with pytest.raises(ConfigError, match="whole takes no `content`, and the dataset has vectors"):
         own.architecture.check(own)
-    pytest.importorskip("onnx")
-    with pytest.raises(BundleError, match=r"has no graph: .* vectors"):
-        export_as(predictor.bundle.path, tmp_path / "model.onnx", "onnx")
+
+
+def test_a_graph_has_the_vectors(predictor, rows, tmp_path):
+    onnxruntime, graph = pytest.importorskip("onnxruntime"), tmp_path / "model.onnx"
+    export_as(predictor.bundle.path, graph, "onnx")
+    encoded = predictor.encode_rows([{**row, "click": None} for row in rows])
+    found = onnxruntime.InferenceSession(str(graph)).run(None, onnx_inputs(predictor.bundle, encoded))[0][:, 0]
+    np.testing.assert_allclose(found, predictor.predict_encoded(encoded).probabilities, rtol=0, atol=1e-6)
 
 
 def test_the_plan_counts_the_projections(dataset):

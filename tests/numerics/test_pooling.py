@@ -13,6 +13,7 @@ from test_smaller_tables import weights_after
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.bundle import Bundle
@@ -23,14 +24,15 @@ from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.config import ModelConfig, load_config
 from torchdlrm.config.model import FeatureConfig
-from torchdlrm.errors import BundleError, ConfigError
+from torchdlrm.errors import ConfigError
 from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
 from torchdlrm.exporting.export import export
-from torchdlrm.exporting.onnx_file import write_onnx
+from torchdlrm.exporting.onnx_file import onnx_inputs, write_onnx
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.features.tables import Feature, check_features
+from torchdlrm.features.tables import Feature, FeatureTable, check_features
 from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.dlrm import embeddings_of_groups
 from torchdlrm.model.pooling import KINDS, pooled_features, pooling_of
 from torchdlrm.preprocessing.preprocess import preprocess
 from torchdlrm.sharding.tables import tables_of_model
@@ -295,8 +297,23 @@ def test_a_delta_of_rounded_tables_predicts_as_the_rounded_checkpoint(run, datas
     checkpoint = CheckpointReader(checkpoint_path(run / "checkpoints", STEPS))
     rounded = CheckpointModel(checkpoint, Run.open(run).shape(dataset)).logits(rows, ["int8"] * len(NAMES[2:]))
     np.testing.assert_allclose(whole, rounded, rtol=0, atol=1e-6)
-    with pytest.raises(BundleError, match="seen is not pooled by sum"):
-        write_onnx(Bundle.open(paths[2]), tmp_path / "model.onnx")
+    onnxruntime, graph, bundle = pytest.importorskip("onnxruntime"), tmp_path / "model.onnx", Bundle.open(paths[STEPS])
+    write_onnx(bundle, graph)
+    probabilities = onnxruntime.InferenceSession(str(graph)).run(None, onnx_inputs(bundle, rows))[0][:, 0]
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-whole)), rtol=0, atol=1e-6)
+
+
+def test_the_keys_of_a_sequence_are_one_view_where_they_lie_side_by_side():
+    one, (first, second) = FeatureTable.whole("item", 9, 3), [FeatureTable.whole(f"seen@{k}", 9, 2) for k in (0, 1)]
+    groups, rows = [[one], [first, second]], {"item": torch.rand(4, 3), "seen@0": torch.rand(4, 2)}
+    rows["seen@1"] = torch.rand(4, 2)
+    for order in (["item", "seen@0", "seen@1"], ["seen@0", "seen@1", "item"], ["seen@1", "item", "seen@0"]):
+        dims = [rows[key].shape[1] for key in order]
+        embeddings = KeyedTensor(order, dims, torch.cat([rows[key] for key in order], dim=1))
+        item, seen = embeddings_of_groups(embeddings, groups)
+        assert torch.equal(item, rows["item"])
+        assert torch.equal(seen, torch.cat([rows["seen@0"], rows["seen@1"]], dim=1))
+        assert (seen._base is None) == (order[0] == "seen@1")
 
 
 ITEM, LIST = Feature("item", 9), Feature("seen", 9, is_multi_valued=True, max_values=4, table="item")

@@ -1,12 +1,12 @@
 """Writes the model of a bundle as an ONNX graph, or as a model for Triton: docs/other-formats.md.
 
-Inputs are encoded rows: `dense` float32 [B, num_dense], and of each feature `ids_NAME` int32 [B, L], L 1 where cells
+Inputs are encoded rows: `dense` float32 [B, num_inputs], and of each feature `ids_NAME` int32 [B, L], L 1 where cells
 have one value, else filled up with -1; `weights_NAME` float32 [B, L] where values have weights. The output is
 `probability`, float32 [B, 1]. Memory: a block of rows where constants lie beside the file, else twice its size.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +21,12 @@ from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.errors import BundleError
 from torchdlrm.features.encode import encode
-from torchdlrm.features.tables import FeatureTable
+from torchdlrm.features.tables import FeatureTable, table_name
 from torchdlrm.files import replacing_durably
 from torchdlrm.model import projection_weight, table_weight
-from torchdlrm.model.graph import Graph
-from torchdlrm.model.pooling import pooled_features
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.graph import BOOL, Graph
+from torchdlrm.model.pooling import pooled_features, pooling_of
 
 OPSET, IR_VERSION, MAX_BATCH_ROWS = 18, 9, 8192
 MAX_FILE_BYTES = 2**31 - 2**24  # protobuf reads 2 GiB
@@ -73,10 +74,10 @@ def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
         rows: B rows, as `Predictor.encode` has encoded them.
 
     Returns:
-        By input: `dense` float32 [B, dense columns], and of each sparse column `ids_NAME` int32 [B, the most values of
-        a row], -1 where a row has fewer, and `weights_NAME` where its values have weights.
+        By input: `dense` float32 [B, dense columns and numbers of vectors], and of each sparse column `ids_NAME` int32
+        [B, the most values of a row], -1 where a row has fewer, and `weights_NAME` where its values have weights.
     """
-    feeds: dict[str, NDArray[Any]] = {"dense": np.ascontiguousarray(rows.dense)} if bundle.schema.dense else {}
+    feeds: dict[str, NDArray[Any]] = {"dense": np.ascontiguousarray(rows.dense)} if rows.dense.shape[1] else {}
     for place, column in enumerate(bundle.schema.sparse):
         bags = rows.sparse[place]
         ids, offsets = bags if isinstance(bags, tuple) else (bags, np.arange(rows.num_rows + 1))
@@ -96,22 +97,14 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     if bundle.manifest.model_class is not None:
         msg = f"{bundle.path}: has no graph: its model class is Python; torch.onnx.export may know how to trace it"
         raise BundleError(msg)
-    if bundle.schema.content:
-        msg = (
-            f"{bundle.path}: has no graph: nothing says yet how to write its vectors ({bundle.schema.content[0].name})"
-        )
-        raise BundleError(msg)
-    if pooled := pooled_features(bundle.manifest.tables):
-        msg = f"{bundle.path}: has no graph: {next(iter(pooled))} is not pooled by sum, which is all that a graph knows"
-        raise BundleError(msg)
     recalibration = bundle.manifest.recalibration
     if recalibration is not None and (recalibration.method != "platt" or recalibration.by is not None):
         msg = f"{bundle.path}: recalibrated by {recalibration}, and a graph knows platt alone, the same for all rows"
         raise BundleError(msg)
     graph, shape, config = Graph(bundle.weights.tensor), bundle.shape, bundle.shape.config
     tables = {name: [*found] for name, found in groupby(bundle.manifest.tables, lambda table: table.feature)}
-    inputs: _Inputs = {"dense": (np.float32, shape.num_dense)} if shape.num_dense else {}
-    vectors = []
+    inputs: _Inputs = {"dense": (np.float32, shape.num_inputs)} if shape.num_inputs else {}
+    vectors: dict[str, str] = {}
     for column in bundle.schema.sparse:
         ids, weights = f"ids_{column.name}", ""
         inputs[ids] = (np.int32, -1 if column.is_multi_valued else 1)
@@ -124,13 +117,22 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
         if column.weights_name is not None:
             inputs[f"weights_{column.name}"] = (np.float32, -1)
             weights = graph.node("Mul", weights, f"weights_{column.name}")
-        vectors.append(_pooled(graph, bundle, tables[column.name], rows, weights))
-    dense = "dense"
+        vectors[column.name] = _looked_up(graph, bundle, tables[column.name], rows, weights)
+    for feature, keys in pooled_features(bundle.manifest.tables).items():
+        is_value = graph.node("GreaterOrEqual", f"ids_{feature}", graph.constant([0], np.int32))
+        ages_BL = graph.node("CumSum", graph.node("Cast", is_value, to=_TYPES[np.int64]), graph.constant(1), reverse=1)
+        name, own = f"sparse_arch.poolings.{table_name(feature)}.", vectors[feature]
+        target = vectors[getattr(keys[0].pooling, "target", None) or feature]
+        shares_BL = pooling_of(keys).shares(graph, name, own, ages_BL, target)
+        shared = graph.node("Mul", own, graph.node("Unsqueeze", shares_BL, graph.constant([2])))
+        vectors[feature] = graph.node("ReduceSum", shared, graph.constant([1]))
+    dense, *content = _numbers(graph, shape)
     if not shape.num_dense:  # a 1 in every row: `torchdlrm.model.dlrm.ConstantArch`
         size = graph.node("Concat", graph.node("Shape", next(iter(inputs)), end=1), graph.constant([1]), axis=0)
         dense = graph.node("Expand", graph.constant([[1]], np.float32), size)
     dense_BD = graph.layers(dense, "dense_arch.model", len(config.dense_arch_layer_sizes))
-    vectors_BND = graph.node("Concat", graph.node("Unsqueeze", dense_BD, graph.constant([1])), *vectors, axis=1)
+    dense_B1D = graph.node("Unsqueeze", dense_BD, graph.constant([1]))
+    vectors_BND = graph.node("Concat", dense_B1D, *vectors.values(), *content, axis=1)
     read = shape.architecture.graph_interaction(shape, graph, dense_BD, vectors_BND)
     last = graph.layers(read, "over_arch.model.0", len(config.over_arch_layer_sizes) - 1)
     logit = graph.linear(last, "over_arch.model.1.weight", "over_arch.model.1.bias")
@@ -141,17 +143,34 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     return graph, inputs
 
 
-def _pooled(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL: str, weights_BL: str) -> str:
-    """The vector of a feature: [B, 1, D]; without weights L is 1."""
-    vectors = []
-    for table in tables:
+def _numbers(graph: Graph, shape: ModelShape) -> Iterator[str]:
+    """The dense features, and of each column of content its vector [B, 1, D] as `torchdlrm.model.dlrm.VectorArch`."""
+
+    def part(*ends: int) -> str:
+        return graph.node("Slice", "dense", *(graph.constant([at]) for at in (*ends, 1)))
+
+    edges = [0, *accumulate((shape.num_dense, *(column.size or 0 for column in shape.content)))]
+    yield part(*edges[:2]) if shape.content else "dense"
+    for column, ends in zip(shape.content, pairwise(edges[1:]), strict=True):
+        given, name = part(*ends), f"content_arch.v_{column.name}"
+        projected = graph.linear(given, f"{name}.weight", f"{name}.bias")
+        largest = graph.node("ReduceMax", graph.node("Abs", given), graph.constant([1]))
+        missing = graph.constant(graph.weight(f"{name}.missing").numpy(), np.float32)
+        made = graph.node("Where", graph.node("Cast", largest, to=BOOL), projected, missing)
+        yield graph.node("Unsqueeze", made, graph.constant([1]))
+
+
+def _looked_up(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL: str, weights_BL: str) -> str:
+    """The vector of a feature: [B, 1, D]; without weights L is 1. Of a sequence the vectors of its values [B, L, D]."""
+    vectors, is_sequence = [], tables[0].position is not None
+    for table in tables[:1] if is_sequence else tables:
         rows = ids_BL
         if table.combination is not None:
             rows = graph.node("Mod" if table.is_remainder else "Div", ids_BL, graph.constant([table.num_collisions]))
-        vector = _looked_up(graph, bundle, table, rows)
+        vector = _rows(graph, bundle, table, rows)
         if weights_BL:
             vector = graph.node("Mul", vector, graph.node("Unsqueeze", weights_BL, graph.constant([2])))
-            vector = graph.node("ReduceSum", vector, graph.constant([1]))
+            vector = vector if is_sequence else graph.node("ReduceSum", vector, graph.constant([1]))
         if table.dim < table.vector_dim:
             weight = bundle.weights.tensor(projection_weight(table.table_key)).t().numpy()
             vector = graph.node("MatMul", vector, graph.constant(weight, np.float32))
@@ -159,7 +178,7 @@ def _pooled(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL
     return graph.node("Mul" if tables[0].combination == "mult" else "Add", *vectors) if len(vectors) > 1 else vectors[0]
 
 
-def _looked_up(graph: Graph, bundle: Bundle, table: FeatureTable, ids_BL: str) -> str:
+def _rows(graph: Graph, bundle: Bundle, table: FeatureTable, ids_BL: str) -> str:
     """Rows of a table, which stays in its precision: float32 [B, L, dim]."""
     record = TABLE_PRECISIONS[bundle.manifest.sparse[table.feature].precision]
     stored = bundle.weights.tensor(table_weight(table.table_key)).numpy()

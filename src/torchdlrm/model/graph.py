@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+FLOAT, BOOL = 1, 9  # TensorProto.DataType
+
 
 @dataclass
 class Graph:

@@ -9,12 +9,14 @@ B rows of the batch, K keys of the feature (1, or P positions), D embedding dime
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from torchdlrm.config.model import FeatureConfig
 from torchdlrm.features.tables import FeatureTable
+from torchdlrm.model.graph import BOOL, FLOAT, Graph
 
 
 class Pooling(nn.Module):
@@ -46,6 +48,15 @@ class Pooling(nn.Module):
         del num_values_B, target_BD
         return vectors_BKD[:, 0]
 
+    def shares(self, graph: Graph, name: str, vectors_BLD: str, ages_BL: str, target_B1D: str) -> str:
+        """As a graph: what the values are multiplied by before they are summed, [B, L] or [B, 1].
+
+        `name` begins the weights' names; `vectors_BLD` are zeros where there is no value; `ages_BL`, int64, are 1 for
+        the newest value, 2 for the one before it, and 0 where there is none.
+        """
+        del name, vectors_BLD, target_B1D
+        return graph.node("Cast", graph.node("Equal", ages_BL, graph.constant([1])), to=FLOAT)
+
 
 class Mean(Pooling):
     """The sum of the values' embeddings over their number; zeros where there is none."""
@@ -54,6 +65,12 @@ class Mean(Pooling):
         """Maps [B, 1, D] and [B] to [B, D]."""
         del target_BD
         return vectors_BKD[:, 0] / num_values_B.clamp(min=1).unsqueeze(1).to(vectors_BKD.dtype)
+
+    def shares(self, graph: Graph, name: str, vectors_BLD: str, ages_BL: str, target_B1D: str) -> str:
+        """One over the number of values."""
+        del name, vectors_BLD, target_B1D
+        count = graph.node("ReduceMax", ages_BL, graph.constant([1]))
+        return graph.node("Reciprocal", graph.node("Cast", graph.node("Max", count, graph.constant([1])), to=FLOAT))
 
 
 class Din(Pooling):
@@ -86,6 +103,16 @@ class Din(Pooling):
             hidden_BKH = layer(torch.relu(hidden_BKH))
         return torch.bmm(hidden_BKH.transpose(1, 2).to(vectors_BKD.dtype), vectors_BKD).squeeze(1)
 
+    def shares(self, graph: Graph, name: str, vectors_BLD: str, ages_BL: str, target_B1D: str) -> str:
+        """The network, of the numbers that the paper names."""
+        target = graph.node("Expand", target_B1D, graph.node("Shape", vectors_BLD))
+        both = (graph.node(op, vectors_BLD, target) for op in ("Sub", "Mul"))
+        x = graph.node("Flatten", graph.node("Concat", vectors_BLD, target, *both, axis=2), axis=2)
+        for number in range(len(self.layers)):
+            names = (f"{name}layers.{number}.{part}" for part in ("weight", "bias"))
+            x = graph.linear(x, *names, relu=number + 1 < len(self.layers))
+        return graph.node("Reshape", x, graph.node("Shape", ages_BL))
+
 
 class Dot(Pooling):
     """Scaled dot products with the target, a softmax over the values, and a learnt vector for each position.
@@ -106,6 +133,16 @@ class Dot(Pooling):
         # Not by infinity: a row without any value has weights, of zeros.
         weights_BK = scores_BK.masked_fill(is_missing, -1e9).softmax(dim=1).to(vectors_BKD.dtype)
         return torch.bmm(weights_BK.unsqueeze(1), vectors_BKD).squeeze(1)
+
+    def shares(self, graph: Graph, name: str, vectors_BLD: str, ages_BL: str, target_B1D: str) -> str:
+        """The softmax over the values."""
+        weight, positions = (graph.weight(f"{name}{part}").numpy() for part in ("query.weight", "positions"))
+        query_B1D = graph.node("MatMul", target_B1D, graph.constant(weight.T * len(weight) ** -0.5, np.float32))
+        learnt = graph.node("Gather", graph.constant(np.pad(positions, ((1, 0), (0, 0))), np.float32), ages_BL)
+        products = graph.node("Mul", graph.node("Add", vectors_BLD, learnt), query_B1D)
+        scores_BL = graph.node("ReduceSum", products, graph.constant([2]), keepdims=0)
+        is_value, none = graph.node("Cast", ages_BL, to=BOOL), graph.constant([-1e9], np.float32)
+        return graph.node("Softmax", graph.node("Where", is_value, scores_BL, none), axis=1)
 
 
 KINDS: Mapping[str, type[Pooling]] = {"mean": Mean, "last": Pooling, "din": Din, "dot": Dot}
