@@ -22,6 +22,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
+# Tests and what they start share the cores: a team of threads would wait for whichever of them has none. Those that
+# are about threads, and jobs that divide the cores among their processes, set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
