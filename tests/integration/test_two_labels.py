@@ -1,5 +1,7 @@
 """A model of two labels after its training: a live model, a delta, what is judged by label, and what is refused."""
 
+import shutil
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,17 +9,21 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from helpers import two_labels
 from helpers.live_models import WIDE
-from torchdlrm import LiveSettings, Predictor, advance, evaluate, export
+from torchdlrm import ExportSettings, LiveModel, LiveSettings, Predictor, advance, compare, evaluate, export, importance
 from torchdlrm.bundle.apply import DELTA_NAMES, apply_delta, write_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.delta import Delta
+from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.patched_bundle import PatchedBundle
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import complete_folder
-from torchdlrm.errors import BundleError, ConfigError, LiveError, RunError
+from torchdlrm.data.dataset import Dataset, rows_of_split
+from torchdlrm.errors import ConfigError, LiveError, RunError
 from torchdlrm.exporting.formats import export_as
-from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.judging.recalibration import Verdict
 from torchdlrm.live.preview import preview_advance
 from torchdlrm.live.record import PeriodRecord
+from torchdlrm.live.report import report_page
 from torchdlrm.progress import SILENT
 
 
@@ -67,15 +73,60 @@ def test_a_delta_brings_every_label(live, tmp_path):
 
 def test_what_a_model_of_several_labels_cannot(live, tmp_path):
     run, dataset = live / "days/0002/run", live / "days/0002/dataset"
-    with pytest.raises(ConfigError, match="is for a model of one label"):
-        export(run, tmp_path / "b", options=ExportOptions(recalibrate="platt"), dataset=dataset, progress=False)
-    with pytest.raises(BundleError, match="it predicts several labels"):
-        export_as(live / "bundles/0002", tmp_path / "m.onnx", "onnx")
+    with pytest.raises(ConfigError, match="buy was not learnt; there is click, purchase"):
+        importance(live / "bundles/0002", dataset, "val", label="buy")
     with pytest.raises(RunError, match="has several labels"):
         export_as(run, tmp_path / "m.pt", "torchrec", dataset=dataset)
     other = two_labels.config(**{"train.labels": "purchase,click"}, **two_labels.HEADS["after"])
     with pytest.raises(LiveError, match=r"train.labels: is \['purchase', 'click'\]"):
         preview_advance(live, two_labels.write_log(tmp_path / "log.tsv", seed=3), config=other)
+
+
+def is_rare(verdict):
+    return verdict.loss[0] < 0.45  # that of purchases
+
+
+def test_a_period_recalibrates_the_labels_that_gain(live, tmp_path, monkeypatch):
+    shutil.copytree(live, tmp_path / "live", symlinks=True)
+    monkeypatch.setattr(Verdict, "is_better", property(is_rare))
+    log = two_labels.write_log(tmp_path / "3.tsv", seed=3, num_rows=800)
+    asked = LiveSettings(gate=WIDE, export=ExportSettings(recalibrate="platt"))
+    record = advance(tmp_path / "live", log, settings=asked, progress=False)
+    assert record.recalibration.startswith(
+        "click: platt: left out, not better by more than chance; purchase: platt: on "
+    )
+    assert (record.format_version, record.gate.labels["purchase"]["rows"]) == (4, record.gate.rows)
+    dataset = Dataset.open(tmp_path / "live/days/0003/dataset")
+    assert record.gate.rows == dataset.splits["val"].rows // 2
+    page = report_page("shop", LiveModel.open(tmp_path / "live").periods, {}, 3)
+    assert "Recalibration in period 3: purchase: platt: on " in page
+    run = tmp_path / "live/days/0003/run"
+    plain = export(run, tmp_path / "plain", dataset=dataset.path, progress=False).bundle
+    found = Bundle.open(tmp_path / "live/bundles/0003")
+    assert [*found.manifest.recalibration] == ["purchase"]
+    frame, _ = found.sample()
+    before, after = (Predictor(of).predict(frame) for of in (plain, found))
+    np.testing.assert_array_equal(before[:, 0], after[:, 0])
+    assert abs(after[:, 1] - before[:, 1]).max() > 1e-4
+    compared = compare(plain, found, dataset=dataset, split="val", label="purchase", progress=False)
+    assert compared.about.endswith("intervals of 95 %, label purchase")
+    assert compare(plain, found, dataset=dataset, split="val", progress=False).as_json()["label"] == "click"
+
+
+def test_importance_is_of_the_label_that_is_asked_for(live):
+    bundle, dataset = Bundle.open(live / "bundles/0002"), live / "days/0002/dataset"
+    frame = pl.concat(rows_of_split(Dataset.open(dataset), "val"))
+    rng = np.random.default_rng(0)
+    rng.choice(frame.height, frame.height, replace=False)
+    permuted = frame.with_columns(frame["city"].gather(rng.permutation(frame.height)))
+    for place, label in enumerate(two_labels.LABELS):
+        found = importance(bundle, dataset, "val", features=["city"], label=label)
+        losses = [
+            log_loss(of[label], ServedModel(bundle).predict(EncodedRows.from_frame(of, bundle.schema))[:, place])
+            for of in (frame, permuted)
+        ]
+        change = found.differences["without city"]["logloss"].difference
+        assert (found.label, change) == (label, pytest.approx(losses[1] - losses[0], abs=1e-6))
 
 
 def test_files_of_predictions_are_judged_by_the_label_that_is_asked_for(live, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -257,7 +258,7 @@ class BundleManifest(SealedJson):
         groups: tables that it asks for besides those of the vectors.
         dense_precision: what the dense, interaction and over arch may compute in.
         period: number of the last period that was learnt from; None where logs have no periods.
-        recalibration: what logits become before they are predicted.
+        recalibration: what logits become before they are predicted; of several labels by label.
         source: where it came from.
         check: the check at the export's end.
         block_bytes: of the weights' file.
@@ -280,7 +281,7 @@ class BundleManifest(SealedJson):
     groups: tuple[Table, ...] = ()
     dense_precision: DensePrecision
     period: Annotated[int, Field(ge=0)] | None = None
-    recalibration: Recalibration | None = None
+    recalibration: Recalibration | dict[str, Recalibration] | None = None
     source: Origin
     check: CheckRecord | None
     files: dict[str, StoredFile]
@@ -315,10 +316,14 @@ class BundleManifest(SealedJson):
         if smaller := model.feature_problems():
             raise ValueError(smaller[0])
         check_features(model, self.features, self.groups)
-        by = self.recalibrated[1]
-        if by is not None and by not in {feature.name for feature in self.features if not feature.is_multi_valued}:
-            msg = f"recalibration: by {by}, which is no sparse feature of one value"
-            raise ValueError(msg)
+        single = {None, *(feature.name for feature in self.features if not feature.is_multi_valued)}
+        for label, of in self.recalibrations.items():
+            if of.by not in single:
+                msg = f"recalibration: by {of.by}, which is no sparse feature of one value"
+                raise ValueError(msg)
+            if label not in {column.name for column in schema.learnt}:
+                msg = f"recalibration: of {label}, which is no label that the model predicts"
+                raise ValueError(msg)
         return self
 
     def _check_sparse(self) -> None:
@@ -364,9 +369,15 @@ class BundleManifest(SealedJson):
         return feature_tables(self.model, self.features, self.groups)
 
     @property
+    def recalibrations(self) -> Mapping[str, Recalibration]:
+        """What logits become, by label; those of labels that are not named stay as they are."""
+        found = self.recalibration
+        return {self.feature_schema.label.name: found} if isinstance(found, Recalibration) else found or {}
+
+    @property
     def recalibrated(self) -> tuple[RecalibrationMethod | None, str | None]:
         """By which method, and by which feature."""
-        return (None, None) if self.recalibration is None else (self.recalibration.method, self.recalibration.by)
+        return next(((of.method, of.by) for of in self.recalibrations.values()), (None, None))
 
     @property
     def version(self) -> str:

@@ -47,7 +47,7 @@ class ServedModel:
 
     Attributes:
         precision: what the arches compute in on this machine, and why.
-        recalibration: what logits become; None where they stay as they are.
+        recalibrations: what logits become, by label; those of labels that are not named stay as they are.
 
     Raises:
         BundleError: the weights do not fit the manifest, or the bundle was not opened with its model class.
@@ -58,7 +58,7 @@ class ServedModel:
         self.precision = (
             precision_of_processor() if allowed == "bfloat16" else Precision(torch.float32, "the bundle says so")
         )
-        self.recalibration = bundle.manifest.recalibration
+        self.recalibrations, self._schema = bundle.manifest.recalibrations, bundle.schema
         self._num_inputs, self._features = bundle.shape.num_inputs, list(bundle.manifest.sparse)
         self._labels = (bundle.shape.num_labels,) * (bundle.shape.num_labels > 1)
         self._chunk_rows = _chunk_rows(bundle, self.precision.dtype)
@@ -95,11 +95,14 @@ class ServedModel:
         return self.recalibrated(logits.numpy(), encoded)
 
     def recalibrated(self, logits: NDArray[np.float32], encoded: EncodedRows) -> NDArray[np.float32]:
-        """What the logits of rows become in all that predicts, here and nowhere else: float32 [B]."""
-        if self.recalibration is None:
+        """What the logits of rows become in all that predicts, here and nowhere else: float32, as many as they are."""
+        if not self.recalibrations:
             return logits
-        by = self.recalibration.by
-        return self.recalibration.apply(logits, None if by is None else encoded.ids_of(self._features.index(by)))
+        of_labels = self._schema.by_label(logits)
+        for label, of in self.recalibrations.items():
+            ids = None if of.by is None else encoded.ids_of(self._features.index(of.by))
+            of_labels[label] = of.apply(of_labels[label], ids)
+        return np.stack([*of_labels.values()], axis=1).reshape(logits.shape)
 
 
 def predict_by_model(

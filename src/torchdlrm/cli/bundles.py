@@ -204,8 +204,9 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
             f"{agreement.median_relative:.2g}; {agreement.distinct:,} different probabilities, the checkpoint has "
             f"{agreement.distinct_before:,}"
         )
-    if (recalibration := bundle.manifest.recalibration) is not None:
-        say(f"recalibrated after that, {recalibration}: {recalibration.verdict}")
+    for label, recalibration in bundle.manifest.recalibrations.items():
+        whose = f"{label}, " if check.labels else ""
+        say(f"recalibrated after that, {whose}{recalibration}: {recalibration.verdict}")
 
 
 def print_precision_search(search: "PrecisionSearch") -> None:

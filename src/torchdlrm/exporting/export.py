@@ -47,7 +47,7 @@ from torchdlrm.errors import BundleError, DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.complete import require_same
 from torchdlrm.exporting.options import ExportOptions
-from torchdlrm.exporting.recalibrate import check_recalibration, recalibration_of
+from torchdlrm.exporting.recalibrate import check_recalibration, recalibrations_of
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.features.tables import Table
@@ -237,13 +237,14 @@ def _export(
             dense_precision, reason = "float32", failure
         elif served.dense_precision != dense_precision:
             reason += f"; here float32: {served.precision.reason}"
-        served.recalibration = recalibration_of(served, dataset, options, progress)
+        served.recalibrations = recalibrations_of(served, dataset, options, progress)
         _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         update = {"check": record, "files": files, "dense_precision": dense_precision}
-        if served.recalibration is not None:
+        if served.recalibrations:
+            first, *others = dataset.schema.learnt
             update |= {
-                "recalibration": served.recalibration,
+                "recalibration": served.recalibrations if others else served.recalibrations[first.name],
                 "format_version": max(manifest.format_version, WITH_RECALIBRATION),
             }
         manifest.model_copy(update=update).write(folder)

@@ -339,10 +339,11 @@ class _Period:
         splits = dataset.manifest.splits.values()
         recalibration = None
         if asked := self.settings.export.recalibrate:
-            found = BundleManifest.read(self.live.bundle(draft.period)).recalibration
-            recalibration = (
-                f"{asked}: left out, not better by more than chance" if found is None else f"{found}: {found.verdict}"
-            )
+            found = BundleManifest.read(self.live.bundle(draft.period)).recalibrations
+            left_out = f"{asked}: left out, not better by more than chance"
+            said = {name.name: left_out for name in dataset.schema.learnt}
+            said |= {name: f"{of}: {of.verdict}" for name, of in found.items()}
+            recalibration = "; ".join(f"{name}: {how}" if gate.labels else how for name, how in said.items())
         return PeriodRecord(
             format_version=4 if gate.labels else 2 if recalibration is None else 3,
             period=draft.period,

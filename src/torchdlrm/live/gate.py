@@ -143,7 +143,7 @@ def judge(
     Raises:
         LogError: the log was another one when it was scored.
     """
-    schema, kept = dataset.schema, slice(None) if candidate.manifest.recalibration is None else JUDGED
+    schema, kept = dataset.schema, JUDGED if candidate.manifest.recalibrations else slice(None)
     names = [label.name for label in schema.learnt]
     predictions = predict_by_bundle(candidate, dataset, "val", progress, phase="gate").by_label(names)
     judged, *others = (rows_of(Judged.of(*of), kept) for of in predictions.values())
@@ -170,7 +170,7 @@ def judge(
             name: period_metrics(of.labels, of.logits, of.weights) for name, of in zip(names[1:], others, strict=True)
         },
     )
-    reasons = tuple(objections(gate, settings))
+    reasons = tuple(objections(gate, settings, names[0] if others else ""))
     return gate.model_copy(update={"passed": not reasons, "reasons": reasons})
 
 
@@ -196,14 +196,15 @@ def _held_back(scores: pl.DataFrame, dataset: Dataset) -> pl.DataFrame:
     return scores.filter(pl.Series(codes == SPLIT_NAMES.index("val")))
 
 
-def objections(gate: GateRecord, settings: GateSettings) -> list[str]:
+def objections(gate: GateRecord, settings: GateSettings, label: str = "") -> list[str]:
     """Sentences that say why a model is not published: what is outside a limit by more than two standard errors.
 
     That of a calibration is taken relative to it, on the scale of its logarithm: of few clicks it is as large as the
     calibration itself, and still a log without its clicks must not look like one with few rows. A standard error
     that is not known counts as 0.
     """
-    found, rows, clicks = [], f"{gate.rows:,} held-back rows", gate.new["clicks"]
+    found, clicks = [], gate.new["clicks"]
+    rows = f"{gate.rows:,} held-back rows" + f" (label {label})" * bool(label)
     low, high = settings.calibration
     calibration, error = gate.new["calibration"], gate.calibration_standard_error or 0.0
     if clicks in (0, gate.rows):

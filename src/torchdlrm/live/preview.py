@@ -140,8 +140,6 @@ def preview_advance(
     check_trackers(of_runs.logging.trackers)
     _require_base(model, draft)
     require_labels(model, draft.base, of_runs.train.label_names or (columns.labels[0].name,))
-    if chosen.export.recalibrate is not None and len(of_runs.train.label_names) > 1:
-        raise LiveError("`export.recalibrate`: is for a model of one label, and the config has several train.labels")
     architecture = architecture_of(of_runs.model, model_class, may_have_changed=allow_changed_model_class)
     require_class(model, draft, of_runs, architecture)
     step = begun_again(model, draft, log.records, chosen, of_runs, architecture)

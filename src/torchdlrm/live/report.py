@@ -45,6 +45,8 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
         for record in reversed(periods)
         if not record.gate.passed
     ]
+    maps = (periods[-1].recalibration or "").split("; ")
+    recalibrated = [f"Recalibration in period {periods[-1].period}: {how}." for how in maps if how]
     values = [
         _unseen(periods),
         _vocabularies("size of all vocabularies", periods, _SIZES),
@@ -59,7 +61,7 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
             [_HOW if progressive else "Nothing yet: the first period has no model before it."],
             progressive,
         ),
-        Part("The gate, by period", failures or ["All periods passed."], _drawn([_gate(periods)])),
+        Part("The gate, by period", [*(failures or ["All periods passed."]), *recalibrated], _drawn([_gate(periods)])),
         Part("Values that come and go, by period", charts=_drawn(values), rows=_features(periods)),
         Part("Time and size, by period", charts=cost, rows=_steps(periods, times)),
         Part("All periods", rows=rows, left=("log", "published")),

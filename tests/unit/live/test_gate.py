@@ -46,6 +46,8 @@ def test_what_is_outside_a_limit_by_two_standard_errors_is_objected_to(gate, sai
     found = objections(gate, GateSettings())
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
+    named = [text.replace("held-back rows", "held-back rows (label click)") for text in found]
+    assert objections(gate, GateSettings(), "click") == named
 
 
 def test_a_log_that_lacks_its_clicks_is_told_from_one_with_few_rows():

@@ -213,7 +213,8 @@ class _Answers:
     async def model(self, request: Request) -> Response:
         served = self._service.check_model(**request.path_params)
         manifest = served.bundle.manifest
-        about = {"period": manifest.period, "recalibration": manifest.recalibration and str(manifest.recalibration)}
+        maps = (f"{name}: {of}" if served.labels[1:] else str(of) for name, of in manifest.recalibrations.items())
+        about = {"period": manifest.period, "recalibration": "; ".join(maps) or None}
         given = {name: value for name, value in about.items() if value is not None}
         return _json(model_metadata(self._service.name, served.version, served.schema) | given)
 
