@@ -8,6 +8,7 @@ import tomllib
 import grpc
 import httpx
 import numpy as np
+import onnxruntime
 import polars as pl
 import pytest
 
@@ -18,9 +19,12 @@ from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import export, open_checkpoint
+from torchdlrm.exporting.formats import export_as
+from torchdlrm.exporting.onnx_file import onnx_inputs
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
+from torchdlrm.judging.recalibration import Verdict
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
@@ -398,6 +402,11 @@ def every_label_over_http_and_grpc(server, rows, tensors):
         assert of_purchase["prediction"] == pytest.approx(found[0][0, 1], abs=1e-6)
         assert of_purchase["labels"] == pytest.approx(dict(zip(two_labels.LABELS, found[0][0], strict=True)), abs=1e-6)
         assert client.post("/explain?label=buy", json=rows[:1]).status_code == 400
+        described = client.get("/schema").json()
+        roles = {column["name"]: column["role"] for column in described["columns"]}
+        assert described["labels"] == two_labels.LABELS
+        assert [roles[name] for name in two_labels.LABELS] == ["label", "label"]
+        assert client.get(f"/v2/models/{server.model}").json()["recalibration"].endswith("purchase: platt")
     message = CLASSES["ModelInferRequest"](model_name=server.model)
     for tensor in tensors:
         contents = {"FP64": "fp64_contents", "BYTES": "bytes_contents"}[tensor["datatype"]]
@@ -416,12 +425,22 @@ def every_label_over_http_and_grpc(server, rows, tensors):
     return found
 
 
+def by_graph(predictor, encoded, folder):
+    export_as(predictor.bundle.path, folder / "model.onnx", "onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [output.name for output in session.get_outputs()] == ["probability", "probability_purchase"]
+    return np.hstack(session.run(None, onnx_inputs(predictor.bundle, encoded)))
+
+
 @pytest.mark.parametrize("heads", two_labels.HEADS)
-def test_every_label_of_a_model_by_every_way(heads, shop, serve, tmp_path):
+def test_every_label_of_a_model_by_every_way(heads, shop, serve, tmp_path, monkeypatch):
+    """And, with two of them, recalibrated: a line for each label that gains, of its logit over all rows."""
     log, dataset = shop
+    monkeypatch.setattr(Verdict, "is_better", True)
     config = two_labels.config(**{"train.epochs": "4"}, **two_labels.HEADS[heads])
     train(config, dataset, tmp_path / "run", progress=False)
-    exported = export(tmp_path / "run", tmp_path / "bundle", dataset=dataset, progress=False)
+    options = ExportOptions(recalibrate="platt" if heads in {"ple", "after"} else None)
+    exported = export(tmp_path / "run", tmp_path / "bundle", dataset=dataset, options=options, progress=False)
     assert exported.bundle.manifest.format_version == 10
     assert list(exported.bundle.manifest.check.labels) == ["purchase"]
     expected, few = by_checkpoint(tmp_path / "run", dataset, log, tmp_path)
@@ -429,6 +448,12 @@ def test_every_label_of_a_model_by_every_way(heads, shop, serve, tmp_path):
     assert (expected.std(axis=0) > 0.01).all()
     if heads == "after":
         assert (expected[:, 1] < expected[:, 0]).all()
+    maps = exported.bundle.manifest.recalibration or {}
+    assert len(maps) == {"ple": 1, "after": 2}.get(heads, 0)
+    for label, of in maps.items():
+        place = two_labels.LABELS.index(label)
+        logits = np.log(expected[:, place]) - np.log1p(-expected[:, place])
+        expected[:, place] = 1 / (1 + np.exp(-of.map.slope * logits - of.map.values[0]))
     predictor = Predictor.open(tmp_path / "bundle")
     (chunk,) = RowsIn([log], predictor.schema)
     summary = predict_file(predictor, RowsIn([log], predictor.schema), tmp_path / "scores.parquet")
@@ -439,6 +464,7 @@ def test_every_label_of_a_model_by_every_way(heads, shop, serve, tmp_path):
         predictor.predict(rows),
         predictor.predict_encoded(predictor.encode(predictor.parse_rows(rows))).probabilities,
         by_tensors(tmp_path / "bundle", log),
+        by_graph(predictor, predictor.encode(predictor.parse_rows(rows)), tmp_path),
     ]
     if heads == "ple":
         tensors = [

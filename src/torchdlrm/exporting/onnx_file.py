@@ -1,8 +1,9 @@
 """Writes the model of a bundle as an ONNX graph, or as a model for Triton: docs/other-formats.md.
 
 Inputs are encoded rows: `dense` float32 [B, num_inputs], and of each feature `ids_NAME` int32 [B, L], L 1 where cells
-have one value, else filled up with -1; `weights_NAME` float32 [B, L] where values have weights. The output is
-`probability`, float32 [B, 1]. Memory: a block of rows where constants lie beside the file, else twice its size.
+have one value, else filled up with -1; `weights_NAME` float32 [B, L] where values have weights. Outputs are
+`probability`, float32 [B, 1], and `probability_LABEL` of each label but the first. Memory: a block of rows where
+constants lie beside the file, else twice its size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,10 @@ from torchdlrm.files import replacing_durably
 from torchdlrm.model import projection_weight, table_weight
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.graph import BOOL, Graph
+from torchdlrm.model.heads import HEADS
 from torchdlrm.model.pooling import pooled_features, pooling_of
 
-OPSET, IR_VERSION, MAX_BATCH_ROWS = 18, 9, 8192
+OPSET, IR_VERSION, MAX_BATCH_ROWS, _OUTPUT = 18, 9, 8192, "probability"
 MAX_FILE_BYTES = 2**31 - 2**24  # protobuf reads 2 GiB
 _BLOCK_BYTES, _MIN_BESIDE_BYTES, _ALIGNMENT_BYTES = 32 * 2**20, 1024, 4096
 _LARGEST_DIFFERENCE = 1e-5
@@ -58,8 +60,9 @@ def write_triton(bundle: Bundle, out: Path) -> None:
     kinds = {np.float32: "TYPE_FP32", np.int32: "TYPE_INT32"}
     made = _graph_of(bundle)[1].items()
     given = (f'input {{ name: "{name}" data_type: {kinds[kind]} dims: [ {size} ] }}' for name, (kind, size) in made)
-    output = 'output { name: "probability" data_type: TYPE_FP32 dims: [ 1 ] }'
-    lines = ('backend: "onnxruntime"', f"max_batch_size: {MAX_BATCH_ROWS}", *given, output, "dynamic_batching { }\n")
+    names = bundle.schema.label_columns(_OUTPUT)
+    found = (f'output {{ name: "{name}" data_type: TYPE_FP32 dims: [ 1 ] }}' for name in names)
+    lines = ('backend: "onnxruntime"', f"max_batch_size: {MAX_BATCH_ROWS}", *given, *found, "dynamic_batching { }\n")
     with complete_folder(out, ("config.pbtxt", "1")) as folder:
         (folder / "1").mkdir()
         write_onnx(bundle, folder / "1" / "model.onnx")
@@ -91,15 +94,11 @@ def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
 
 
 def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
-    if len(bundle.schema.learnt) > 1:
-        msg = f"{bundle.path}: has no graph: it predicts several labels, and a graph is written of one"
-        raise BundleError(msg)
     if bundle.manifest.model_class is not None:
         msg = f"{bundle.path}: has no graph: its model class is Python; torch.onnx.export may know how to trace it"
         raise BundleError(msg)
-    recalibration = bundle.manifest.recalibration
-    if recalibration is not None and (recalibration.method != "platt" or recalibration.by is not None):
-        msg = f"{bundle.path}: recalibrated by {recalibration}, and a graph knows platt alone, the same for all rows"
+    if bundle.manifest.recalibrated not in {(None, None), ("platt", None)}:
+        msg = f"{bundle.path}: has no graph: it is recalibrated, and a graph knows platt alone, the same for all rows"
         raise BundleError(msg)
     graph, shape, config = Graph(bundle.weights.tensor), bundle.shape, bundle.shape.config
     tables = {name: [*found] for name, found in groupby(bundle.manifest.tables, lambda table: table.feature)}
@@ -134,13 +133,38 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     dense_B1D = graph.node("Unsqueeze", dense_BD, graph.constant([1]))
     vectors_BND = graph.node("Concat", dense_B1D, *vectors.values(), *content, axis=1)
     read = shape.architecture.graph_interaction(shape, graph, dense_BD, vectors_BND)
-    last = graph.layers(read, "over_arch.model.0", len(config.over_arch_layer_sizes) - 1)
-    logit = graph.linear(last, "over_arch.model.1.weight", "over_arch.model.1.bias")
-    if recalibration is not None:  # whose one knot is at 0
-        logit = graph.node("Mul", logit, graph.constant([recalibration.map.slope], np.float32))
-        logit = graph.node("Add", logit, graph.constant(recalibration.map.values, np.float32))
-    graph.node("Sigmoid", logit, out="probability")
+    logits = dict(zip((label.name for label in bundle.schema.learnt), _logits(graph, shape, read), strict=True))
+    for label, of in bundle.manifest.recalibrations.items():  # whose one knot is at 0
+        scaled = graph.node("Mul", logits[label], graph.constant([of.map.slope], np.float32))
+        logits[label] = graph.node("Add", scaled, graph.constant(of.map.values, np.float32))
+    for name, logit in zip(bundle.schema.label_columns(_OUTPUT), logits.values(), strict=True):
+        graph.node("Sigmoid", logit, out=name)
     return graph, inputs
+
+
+def _logits(graph: Graph, shape: ModelShape, read: str) -> list[str]:
+    """The logit of each label [B, 1], of what the over arch reads; of several labels as `torchdlrm.model.heads`."""
+    heads, names = shape.config.heads, [f"over_arch.towers.{i}" for i in range(shape.num_labels)]
+    mixed, logits = [read] * shape.num_labels, []
+    for number, level in enumerate(HEADS[heads.kind].levels_of(shape.num_labels, heads)):
+        name, below, mixed, at_1 = f"over_arch.levels.{number}", mixed, [], graph.constant([1])
+        made = [
+            graph.layers(below[of], f"{name}.experts.{i}.model", len(heads.expert_layer_sizes))
+            for i, of in enumerate(level.reads)
+        ]
+        for i, (of, experts) in enumerate(level.gates):
+            shares = graph.node("Softmax", graph.linear(below[of], f"{name}.gates.{i}.weight"), axis=1)
+            shares_B1E = graph.node("Unsqueeze", shares, at_1)
+            experts_BEK = graph.node("Concat", *(graph.node("Unsqueeze", made[e], at_1) for e in experts), axis=1)
+            mixed.append(graph.node("Squeeze", graph.node("MatMul", shares_B1E, experts_BEK), at_1))
+    for name, x in zip(names if shape.num_labels > 1 else ["over_arch"], mixed, strict=True):
+        last = graph.layers(x, f"{name}.model.0", len(shape.config.over_arch_layer_sizes) - 1)
+        logits.append(graph.linear(last, f"{name}.model.1.weight", f"{name}.model.1.bias"))
+    for label, before in heads.chain(shape.labels):
+        parts = [graph.node("Neg", logits[of]) for of in (before, label)]
+        terms = graph.node("Concat", *parts, graph.node("Add", *parts), axis=1)
+        logits[label] = graph.node("Neg", graph.node("ReduceLogSumExp", terms, graph.constant([1])))
+    return logits
 
 
 def _numbers(graph: Graph, shape: ModelShape) -> Iterator[str]:
@@ -220,7 +244,8 @@ def _model(bundle: Bundle, graph: Graph, inputs: _Inputs, data_name: str = "", d
         helper.make_tensor_value_info(name, _TYPES[kind], ["rows", size if size > 0 else name.partition("_")[2]])
         for name, (kind, size) in inputs.items()
     ]
-    made = [helper.make_tensor_value_info("probability", _TYPES[np.float32], ["rows", 1])]
+    names = bundle.schema.label_columns(_OUTPUT)
+    made = [helper.make_tensor_value_info(name, _TYPES[np.float32], ["rows", 1]) for name in names]
     described = helper.make_graph(graph.nodes, f"{bundle.name}, version {bundle.version}", given, made, constants)
     about = {"producer_name": "torchdlrm", "producer_version": __version__, "ir_version": IR_VERSION}
     return helper.make_model(described, opset_imports=[helper.make_opsetid("", OPSET)], **about).SerializeToString()
@@ -232,8 +257,9 @@ def _check(bundle: Bundle, file: Path) -> None:
     frame = encode(bundle.sample()[0], bundle.schema, bundle.dense, bundle.vocabularies)
     rows = EncodedRows.from_frame(frame, bundle.schema)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found = session.run(["probability"], onnx_inputs(bundle, rows))[0][:, 0] if rows.num_rows else np.zeros(0)
-    difference = np.abs(found - ServedModel(bundle, "float32").predict(rows)).max(initial=0)
+    expected = ServedModel(bundle, "float32").predict(rows)
+    found = np.hstack(session.run(None, onnx_inputs(bundle, rows))) if rows.num_rows else expected
+    difference = np.abs(found.reshape(expected.shape) - expected).max(initial=0)
     if not difference <= _LARGEST_DIFFERENCE:
         msg = f"{bundle.path}: onnxruntime predicts up to {difference:.2g} off the bundle, so no graph was written"
         raise BundleError(msg)
