@@ -196,7 +196,7 @@ class BatchLoss(nn.Module):
         self._negative_weight, self._num_labels = negative_weight, max(1, len(labels))
         method = getattr(type(model), "loss", None)
         self._own = None if method is None else (model, method)  # in a tuple the model is no child
-        if self._own and (negative_weight != 1.0 or weights):
+        if self._own and (weights or (negative_weight != 1.0 and self._num_labels > 1)):
             key = "loss_weights" if weights else "negative_weight"
             msg = f"train.{key}: {type(model).__name__} has a `loss` of its own, which does not read it; leave it out"
             raise ConfigError(msg)
@@ -218,6 +218,8 @@ class BatchLoss(nn.Module):
         weights = () if row_weights_B is None else (without_padding(row_weights_B, batch),)
         if self._own is not None and self.training:
             weights_B = weights[0] if weights else labels.new_ones(len(labels))
+            if self._negative_weight != 1.0:
+                weights_B = weights_B * (labels + (1 - labels) * self._negative_weight)
             losses_B = self._own_losses(output, labels, weights_B, batch) * weights_B
             mean = losses_B.mean() if len(losses_B) else losses_B.sum()  # not nan, and with a gradient
             loss = mean * getattr(batch, "loss_weight", 1.0)
@@ -229,6 +231,11 @@ class BatchLoss(nn.Module):
     def _own_losses(self, output: Any, labels: Tensor, weights_B: Tensor, batch: TrainingBatch) -> Tensor:
         parts = [without_padding(part, batch) for part in (output if isinstance(output, tuple) else [output])]
         assert self._own is not None, "asked before"
+        if self._negative_weight != 1.0:
+            parts[0] = parts[0] - math.log(self._negative_weight)  # why: `batch_loss`
+            if len(parts) > 1:
+                msg = "train.negative_weight: corrects logits alone, and the `loss` is given more; leave it out"
+                raise ConfigError(msg)
         outputs, (model, method) = tuple(parts) if isinstance(output, tuple) else parts[0], self._own
         losses_B: Any = method(model, outputs, labels, weights_B)
         if not isinstance(losses_B, Tensor) or losses_B.shape != weights_B.shape:

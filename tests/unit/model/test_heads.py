@@ -1,16 +1,20 @@
 """The heads of several labels, beside plain torch code, and the loss that is made of them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy
+from torch import nn
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
 from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import HeadsConfig
+from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import trace_products
 from torchdlrm.model.heads import HEADS, logit_of_product
-from torchdlrm.model.loss import ByUncertainty, WeightedSum, batch_loss
+from torchdlrm.model.loss import BatchLoss, ByUncertainty, WeightedSum, batch_loss
 
 LABELS = ("click", "cart", "purchase")
 INPUTS, SIZES, TOWER = 6, (5, 4), (3, 1)
@@ -120,3 +124,20 @@ def test_losses_of_labels_are_the_formulas(seed):
     assert loss.item() == pytest.approx((torch.exp(-s) * torch.stack(each) + s).sum().item())
     loss.backward()
     torch.testing.assert_close(learnt.log_variances.grad, 1 - torch.exp(-s) * torch.stack(each))
+
+
+class Own(nn.Module):
+    def loss(self, outputs, labels, weights):
+        assert weights.shape == labels.shape
+        return binary_cross_entropy_with_logits(outputs.squeeze(1), labels, reduction="none")
+
+
+def test_cross_entropy_as_a_loss_of_its_own_has_the_weights_and_the_correction_of_the_built_in_one(seed):
+    logits, labels = torch.randn(20, 1), (torch.rand(20) < 0.3).float()
+    batch = SimpleNamespace(labels=labels, num_padding=3, row_weights=torch.rand(20), loss_weight=0.7)
+    own, built_in = (BatchLoss(model, 0.2, ())(logits, batch)[0].item() for model in (Own(), nn.Module()))
+    assert own == pytest.approx(built_in)
+    with pytest.raises(ConfigError, match=r"train.negative_weight: corrects logits alone"):
+        BatchLoss(Own(), 0.2, ())((logits, logits), batch)
+    with pytest.raises(ConfigError, match=r"train.negative_weight: Own has a `loss` of its own"):
+        BatchLoss(Own(), 0.2, LABELS)
