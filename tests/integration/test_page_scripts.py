@@ -121,6 +121,14 @@ def test_what_is_no_log_is_refused_with_its_line(read, text, schema, message):
     assert message in read(text, schema)["error"]
 
 
+def test_of_several_labels_the_first_one_is_read_wherever_it_stands(read):
+    columns = [{"name": "seen", "role": "label"}, *SHOP["columns"], {"name": "kept", "role": "label"}]
+    shop = SHOP | {"columns": columns, "labels": ["bought", "seen"]}
+    got = read("seen,kept,user,bought,price\n1,1,2,3,4\n0,1,2,1,4\n", shop)
+    assert got["labels"] == [1, 0]
+    assert "not used: seen, kept" in got["description"]
+
+
 def test_unknown_columns_of_a_header_are_told(read):
     assert "not used: when, colour" in read("when,user,colour,price\n1,2,red,3\n", SHOP)["description"]
 

@@ -43,8 +43,7 @@ def compare(
     assert found is not None, "this process is the only one"
     needed = {} if power is None else found.power(power)
     droppable = ("value", f"of {next(iter(found.values))}", "rows ±", "seeds ±")
-    about = found.about + (f", label {judging.label}" if judging.label else "")
-    print_table(about, found.table(), left_aligned=("candidate", "verdict"), droppable=droppable)
+    print_table(found.about, found.table(), left_aligned=("candidate", "verdict"), droppable=droppable)
     say(f"{found.verdict}.")
     for name, parts in found.slices.items():
         print_slices([part.as_json() for part in parts], f"{name}, differences from {next(iter(found.values))}: ")

@@ -25,6 +25,7 @@ def importance(
     max_rows: Positive = 100_000,
     seed: NotNegative = 0,
     checkpoint: str = "best",
+    label: str | None = None,
     own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     as_json: Json = False,
 ) -> None:
@@ -42,6 +43,7 @@ def importance(
         seed: Draws the rows and the permutation.
         checkpoint: Of a run: best (the highest AUC of the val split; the last where nothing was validated), last, or a
             step.
+        label: Which of several labels to judge by; by default the first.
     """
     expect("dataset", dataset)
     together = {name: names.split(",") for name, _, names in (group.partition("=") for group in groups or ())}
@@ -62,6 +64,7 @@ def importance(
             max_rows=max_rows,
             seed=seed,
             checkpoint=checkpoint,
+            label=label,
             progress=progress,
             **vars(own_model),
         )
@@ -69,7 +72,8 @@ def importance(
         from torchdlrm.training.run import Run
 
         try:
-            Run.open(source).write_evaluation(f"importance/{split}", found.as_json())
+            whose = f".{label}" if label and found.label else ""
+            Run.open(source).write_evaluation(f"importance/{split}{whose}", found.as_json())
         except OSError as error:  # a run may lie where it can only be read
             warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
     rows = []
@@ -83,7 +87,8 @@ def importance(
             "p": show_p_value(changes[LOSS].p_value_corrected),
         }
         rows.append(cells | {"used": "yes" if changes[LOSS].verdict == "worse" else "-"})
-    print_table(f"change where a feature has other rows' values: {found.rows:,} rows of {split}, p by Holm", rows)
+    where = f"{found.rows:,} rows of {split}{f', label {found.label}' if found.label else ''}"
+    print_table(f"change where a feature has other rows' values: {where}, p by Holm", rows)
     if as_json:
         print_json({"source": str(source), "split": split, **found.as_json()})
 

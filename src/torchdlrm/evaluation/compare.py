@@ -96,6 +96,7 @@ def compare(
     sliced = {_path(sources[0]): name for name, sources in named.items()}
     first: list[PredictedRows] = []
     lost: dict[str, list[Slice]] = {}
+    labels: list[str | None] = []
 
     def predict(source: Source) -> PredictedRows | None:
         path = _path(source)
@@ -108,6 +109,7 @@ def compare(
         path, rows = _path(source), predict(source)
         assert rows is not None, "this is rank 0"
         known.append((path, rows.judged.sums.rows, rows.rows))
+        labels.append(rows.about["label"] if rows.others else label)
         if known[0][1:] != known[-1][1:]:
             numbers = known[0][1], known[-1][1]
             what = "{:,} and {:,}".format(*numbers) if len({*numbers}) > 1 else "their labels or weights differ"
@@ -129,7 +131,7 @@ def compare(
             return None
         # Lazily, so that the rows of one source are in memory, and with slices those of the first one.
         found = compare_rows(((name, map(read, sources)) for name, sources in named.items()), metric)
-        return replace(found, slices=lost)
+        return replace(found, slices=lost, label=labels[0])
 
 
 def named_sources(candidates: Sequence[Source | Named]) -> dict[str, Sequence[Source]]:

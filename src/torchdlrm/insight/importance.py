@@ -46,6 +46,7 @@ def importance(
     max_rows: int = 100_000,
     seed: int = 0,
     checkpoint: str = "best",
+    label: str | None = None,
     progress: ProgressListener | bool = True,
     **own_model: Any,
 ) -> Comparison:
@@ -60,12 +61,13 @@ def importance(
         max_rows: predict at most this many rows, drawn at random.
         seed: draws the rows and the permutation.
         checkpoint: of a run: `best` of the val split, `last`, or a step.
+        label: that is judged, of several; the first when not given.
         progress: receives the rows predicted; True and False as for `train`.
         own_model: `model_class` and `allow_changed_model_class`, as for `export`.
 
     Returns:
-        What each metric is `without NAME`, above what it is with all features, of the first label. The feature that
-        lowers the logloss most comes first; where the verdict is "worse" the model uses it, by more than chance.
+        What each metric is `without NAME`, above what it is with all features. The feature that lowers the logloss most
+        comes first; where the verdict is "worse" the model uses it, by more than chance.
 
     Raises:
         UserError: there is no such feature, or as `evaluate` and `export`.
@@ -80,9 +82,10 @@ def importance(
         compared |= {f"without {name}": [name] for pattern in features for name in _found("features", names, pattern)}
         for group, patterns in (groups or {}).items():
             compared[f"without {group}"] = [name for pattern in patterns for name in _found("groups", names, pattern)]
-        check_columns(rows, Asked(split=split))
+        check_columns(rows, Asked(split=split, label=label))
+        judged_by = label or schema.label.name
         frame, model = _drawn(rows, split, max_rows, rng), ServedModel(bundle)
-        order, labels = rng.permutation(frame.height), frame[schema.label.name].to_numpy()
+        order, labels = rng.permutation(frame.height), frame[judged_by].to_numpy()
         weights = None if schema.weight is None else frame[schema.weight.name].to_numpy()
         listener.start_phase("importance", frame.height * len(compared))
 
@@ -91,12 +94,13 @@ def importance(
             encoded += [name for of in schema.sparse if of.raw_name in columns for name in of.encoded_names]
             permuted = frame.with_columns(frame[name].gather(order) for name in encoded)
             logits = schema.by_label(model.logits(EncodedRows.from_frame(permuted, schema)))
-            yield Judged.of(labels, logits[schema.label.name], weights)
+            yield Judged.of(labels, logits[judged_by], weights)
             listener.advance(frame.height)
 
         result = compare_rows(((name, judged(columns)) for name, columns in compared.items()), LOSS)
     ordered = sorted(result.differences, key=lambda name: -result.differences[name][LOSS].difference)
-    return replace(result, differences={name: result.differences[name] for name in ordered})
+    named = judged_by if len(schema.learnt) > 1 else None
+    return replace(result, label=named, differences={name: result.differences[name] for name in ordered})
 
 
 @contextmanager

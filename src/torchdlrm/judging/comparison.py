@@ -128,6 +128,7 @@ class Comparison:
         values: of each candidate, by its name, and of each metric, by its name: the value for each of its models.
         differences: from the first candidate of each of the others, by its name, and of each metric, by its name.
         slices: of each of the others, by its name, where they were asked for: those on which it lost first.
+        label: that is judged, where there are several.
     """
 
     metric: str
@@ -136,6 +137,7 @@ class Comparison:
     values: Mapping[str, Mapping[str, Sequence[float]]]
     differences: Mapping[str, Mapping[str, Difference]]
     slices: Mapping[str, Sequence["Slice"]] = field(default_factory=dict)
+    label: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -181,6 +183,7 @@ class Comparison:
             for name, differences in self.differences.items()
         ]
         about = {"metric": self.metric, "rows": self.rows, "groups": self.groups}
+        about |= {"label": self.label} if self.label else {}
         return {"verdict": self.verdict, **about, "values": self.values, "pairs": pairs}
 
     def table(self) -> list[dict[str, str]]:
@@ -210,7 +213,8 @@ class Comparison:
         """Of which rows it is."""
         groups = "" if self.groups is None else f" in {self.groups:,} groups"
         whose = next(iter(self.differences)) if len(self.differences) == 1 else "differences"
-        return f"{self.rows:,} rows{groups}; {whose} against {self._first}, intervals of 95 %"
+        label = f", label {self.label}" if self.label else ""
+        return f"{self.rows:,} rows{groups}; {whose} against {self._first}, intervals of 95 %{label}"
 
     def __str__(self) -> str:
         rows = self.table()

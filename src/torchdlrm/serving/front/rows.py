@@ -144,7 +144,7 @@ def describe(
     rows, unknown = examples
     columns = []
     for column in schema.columns:
-        is_other_label = isinstance(column, LabelColumn) and column != schema.label
+        is_other_label = isinstance(column, LabelColumn) and column not in schema.learnt
         described: dict[str, Any] = {"name": column.name, "role": "ignore" if is_other_label else column.role}
         if column.header_name is not None:
             described["header_name"] = column.header_name

@@ -10,9 +10,14 @@ export function featuresOf(schema) {
   return schema.columns.filter((column) => column.role === "dense" || column.role === "sparse");
 }
 
+/** The column of the label that predictions are judged by: the first of several. */
+function labelOf({ columns, labels }) {
+  return columns.find((column) => column.role === "label" && (labels ?? [column.name])[0] === column.name);
+}
+
 /** What the model predicts: one of it, several, and its rate. A label that is not called a click has its own name. */
 export function eventOf(schema) {
-  const label = schema.columns.find((column) => column.role === "label");
+  const label = labelOf(schema);
   if (!label || /^(label|clicks?|clicked|is_?click(ed)?)$/i.test(label.name)) {
     return { one: "a click", inOne: "one click", many: "clicks", rate: "click rate", yes: "clicked", no: "not clicked" };
   }
@@ -63,7 +68,7 @@ export function parseLog(text, schema) {
   const layout = findLayout(firstLine, schema);
   const records = split(text.slice(start), layout.separator, layout.quote);
   if (layout.hasHeader) records.shift();
-  const labelAt = layout.columns.findIndex((column) => column?.role === "label");
+  const label = labelOf(schema), labelAt = layout.columns.findIndex((column) => label && column === label);
   const rows = [], lines = [], labels = [];
   for (const { cells, line } of records) {
     if (cells.length !== layout.columns.length) {
@@ -101,7 +106,7 @@ function findLayout(firstLine, schema) {
     if (column.header_name) byName.set(column.header_name, column);
   }
   const features = featuresOf(schema);
-  const label = schema.columns.find((column) => column.role === "label");
+  const label = labelOf(schema);
   const orders = [schema.columns, schema.columns.filter((column) => column.role !== "label"), features];
   if (label) orders.push([label, ...features]);
   const separators = [...new Set([schema.separator ?? "\t", "\t", ",", ";", "|"])];
@@ -111,7 +116,8 @@ function findLayout(firstLine, schema) {
     const known = cells.filter((cell) => byName.has(cell));
     if (known.length > cells.length / 2 || (known.length > 0 && known.length === cells.length)) {
       const columns = cells.map((cell) => byName.get(cell));
-      const unknown = cells.filter((cell) => !["dense", "sparse", "label"].includes(byName.get(cell)?.role));
+      const used = [label, ...features];
+      const unknown = cells.filter((cell) => !used.includes(byName.get(cell)) || !byName.has(cell));
       return { separator, quote, columns, unknown, hasHeader: true };
     }
     const order = orders.find((columns) => columns.length === cells.length);
