@@ -108,9 +108,11 @@ def test_new_values_begin_with_vectors_where_another_run_is_continued(dataset, t
 @pytest.mark.parametrize(
     ("name", "frame", "words"),
     [
-        ("items", {"value": ["1"], "vector": [[1.0]]}, "items: the model has no such table"),
-        ("item", {"value": ["1", "2"], "vector": [[1.0], [1.0, 2.0]]}, "lists of one length"),
-        ("item", {"value": ["1"], "vector": [[float("nan")]]}, "not finite"),
+        ("items", {"value": ["1"], "vector": [[1.0]]}, "items: there is no such table; .* did you mean item"),
+        ("item", {"value": ["1", "2", "3"], "vector": [[1.0], [1.0, 2.0], [1.0]]}, "vector of '2' is not of 1 numbers"),
+        ("item", {"value": ["1"], "vector": [[float("nan")]]}, "the vector of '1' has a number that is not finite"),
+        ("item", {"value": ["1", "1"], "vector": [[1.0], [2.0]]}, "the vector of '1' is one of several"),
+        ("item", {"value": ["x", "y"], "vector": [[1.0], None]}, "no value of .* has an id in"),
         ("item", {"value": ["1"]}, "columns value and vector"),
     ],
 )
@@ -123,6 +125,7 @@ def test_a_file_that_is_none_is_refused(dataset, tmp_path, name, frame, words):
             tmp_path / "run",
             progress=False,
         )
+    assert not (tmp_path / "run").exists()  # so that the same command with another file begins
 
 
 def test_the_option_says_what_the_key_says(dataset, dlrm, tmp_path):

@@ -82,7 +82,10 @@ def train(
         raise ConfigError(msg)
     _set_key(overrides, "sharding.plan", None if plan is None else shown(plan.resolve()), "--plan")
     _set_key(overrides, "train.freeze", freeze, "--freeze")
-    for feature, _, file in (given.partition("=") for given in init_table):
+    for feature, equals, file in (given.partition("=") for given in init_table):
+        if not equals:
+            msg = f"--init-table: must be FEATURE=FILE, as in item=vectors.parquet, got {feature}"
+            raise ConfigError(msg)
         _set_key(overrides, f"train.init_tables.{feature}", file, "--init-table")
     if profile and "logging.profile_steps" not in {name.replace("-", "_") for name in overrides}:
         overrides["logging.profile_steps"] = "20"

@@ -20,6 +20,7 @@ from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.tables import FeatureTable
 from torchdlrm.storage.mirror import fetch
 from torchdlrm.storage.places import located
+from torchdlrm.toml import did_you_mean
 
 _BLOCK_ROWS = 65_536
 
@@ -82,19 +83,30 @@ def known_rows(
         ConfigError: there is no such file or no such table.
         DatasetError: the feature has no vocabulary.
     """
+    of = {table.table_key: table for table in tables}
+    if name not in of:
+        msg = f"train.init_tables.{name}: there is no such table; there is {', '.join(of)}{did_you_mean(name, of)}"
+        raise ConfigError(msg)
+    table = of[name]
     try:
-        table = {table.table_key: table for table in tables}[name]
-        values = pl.read_parquet(fetch(located(file)), columns=["value", "vector"])
-        vectors = np.stack([*values["vector"].cast(pl.List(pl.Float64)).to_numpy()])
-        if not np.isfinite(vectors).all():
-            raise ValueError("a number is not finite")
-    except KeyError as error:
-        msg = f"train.init_tables.{name}: the model has no such table"
-        raise ConfigError(msg) from error
+        values = pl.read_parquet(fetch(located(file)), columns=["value", "vector"]).drop_nulls()
+        lists = values["vector"].cast(pl.List(pl.Float64))
+        lengths = lists.list.len().to_numpy()
+        size = int(np.bincount(lengths, minlength=2).argmax()) or 1
+        finite = lists.list.eval(pl.element().is_finite().fill_null(value=False)).list.all()
+        reasons = {
+            f"is not of {size} numbers, as others are": pl.Series(lengths != size),
+            "has a number that is not finite": ~finite,
+            "is one of several": values["value"].is_duplicated(),
+        }
+        for reason, is_so in reasons.items():
+            if is_so.any():
+                msg = f"the vector of {values['value'].filter(is_so)[0]!r} {reason}"
+                raise ValueError(msg)
+        vectors = lists.explode().to_numpy().reshape(-1, size)
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        msg = f"train.init_tables.{name}: {file} is no Parquet file of columns value and vector, lists of one length, "
-        msg += f"with a vector for each value: {error}"
-        raise ConfigError(msg) from error
+        msg = f"train.init_tables.{name}: {file} is no Parquet file of columns value and vector, lists of one length: "
+        raise ConfigError(msg + str(error).partition("\n")[0]) from error
     dim = table.dim if table.asked is None else table.asked.dim
     if vectors.shape[1] > dim:
         vectors = vectors - vectors.mean(axis=0)

@@ -11,7 +11,7 @@ import torch
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import DatasetError, RunError, TrainingError
+from torchdlrm.errors import ConfigError, DatasetError, RunError, TrainingError
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -21,6 +21,7 @@ from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.resolve import plan_of_training
 from torchdlrm.sharding.solution import Solution
 from torchdlrm.sharding.tables import tables_of_model
+from torchdlrm.sharding.weights import known_rows
 from torchdlrm.storage.places import located
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.changes import Change
@@ -119,6 +120,7 @@ def preview_training(
     source = find_source(from_run, folder, dataset, architecture, restart=restart)
     device = rank_device(0, local_world_size, config.train.device)
     agenda, shape = _checked(config, dataset, architecture, device)
+    _check_init_tables(folder, shape, dataset, source, restart=restart)
     solution = plan_of_training(
         config,
         shape,
@@ -213,9 +215,7 @@ def train(
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
         agenda, shape = _checked(settings, encoded, architecture, ranks.device)
-        source = _start_run(
-            folder, encoded, ranks, architecture, from_run, agenda.num_steps, watching.note, restart=restart
-        )
+        source = _start_run(folder, encoded, ranks, shape, from_run, agenda.num_steps, watching.note, restart=restart)
         with closing(folder):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
@@ -247,11 +247,22 @@ def _checked(
     return agenda, shape
 
 
+def _check_init_tables(
+    run: Run, shape: ModelShape, dataset: Dataset, source: SourceRun | None, *, restart: bool
+) -> None:
+    """Refuse files that tables cannot begin with, before anything is written; none is read from a checkpoint on."""
+    files = run.config.train.init_tables or {}
+    for name, file in {} if list_checkpoints(run.checkpoints) and not restart else files.items():
+        if not known_rows(file, name, shape.tables, dataset)[1].size and source is None:
+            msg = f"train.init_tables.{name}: no value of {file} has an id in {dataset.path}; write them as in the log"
+            raise ConfigError(msg)
+
+
 def _start_run(
     run: Run,
     dataset: Dataset,
     ranks: Ranks,
-    architecture: Architecture,
+    shape: ModelShape,
     from_run: str | Path | None,
     num_steps: int,
     waiting: Callable[[str], None],
@@ -259,7 +270,7 @@ def _start_run(
     restart: bool,
 ) -> SourceRun | None:
     """Rank 0 takes the folder, after the ranks have found, and together verified, the checkpoint to start from."""
-    names = ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
+    architecture, names = shape.architecture, ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
     launchers = list(dict.fromkeys(name for name in names if name is not None))
     # Not what this job itself has trained, before a process or a machine died and all were started again.
     removes = restart and not ranks.from_first(run.was_started_by(launchers))
@@ -267,7 +278,10 @@ def _start_run(
     def find() -> SourceRun | None:
         if not removes:
             run.check(dataset, architecture, num_steps=num_steps)
-        return find_source(None if from_run is None else located(from_run), run, dataset, architecture, restart=removes)
+        where = None if from_run is None else located(from_run)
+        found = find_source(where, run, dataset, architecture, restart=removes)
+        _check_init_tables(run, shape, dataset, found, restart=removes)
+        return found
 
     source = ranks.on_first(find)
     damage = None if source is None else find_damage_together(source.checkpoint, ranks)
