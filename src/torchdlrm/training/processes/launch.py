@@ -23,6 +23,7 @@ from torch.distributed.elastic.agent.server.api import WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -178,17 +179,18 @@ def _a_store_for_each_start() -> Iterator[None]:
     Torch's launchers keep that of their first start, and tell its address in that start alone: a machine that takes the
     place of another would wait for it in vain, and keys of processes that died on the way would stay.
     """
-    meet = DynamicRendezvousHandler.next_rendezvous
+    meet, name = DynamicRendezvousHandler.next_rendezvous, dynamic_rendezvous.get_method_name
 
     def meet_anew(handler: Any) -> RendezvousInfo:
         handler._bootstrap_store_info = None
         return meet(handler)
 
     DynamicRendezvousHandler.next_rendezvous = meet_anew  # type: ignore[assignment, method-assign]
+    dynamic_rendezvous.get_method_name = str  # for records not kept it reads the source of all modules: 1.5 s of a core
     try:
         yield
     finally:
-        DynamicRendezvousHandler.next_rendezvous = meet  # type: ignore[method-assign]
+        DynamicRendezvousHandler.next_rendezvous, dynamic_rendezvous.get_method_name = meet, name  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -249,8 +251,7 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, variables: dic
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     unexpected = error_folder / f"{_UNEXPECTED}{os.environ.get('RANK', '0')}"
     unexpected.unlink(missing_ok=True)  # of a start before
-    earlier = _reported_error(error_folder)
-    if earlier is not None and not isinstance(earlier, LostProcessError):
+    if (earlier := _reported_error(error_folder)) and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
     try:
         return entrypoint(*args)
@@ -290,8 +291,7 @@ def _die_with_the_launcher() -> None:
     job is started again. Linux sends the signal when the thread that has started us ends: it stays in `launch`.
     """
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
-    launcher = parent_process()
-    if launcher is not None and os.getppid() != launcher.pid:  # it died before we could ask
+    if (launcher := parent_process()) and os.getppid() != launcher.pid:  # it died before we could ask
         os.kill(os.getpid(), signal.SIGKILL)
 
 
