@@ -179,11 +179,11 @@ def test_a_wide_row_makes_parts_smaller(schema):
 @pytest.mark.parametrize(
     ("cell", "shown"),
     [
-        ([1.0], "'1.0'"),
-        ([1, 2, 3, 4, "x"], "'nan'"),
-        (7, "'nan'"),
+        ([1.0], "'1 of 5 numbers, 1.0'"),
+        ([1, 2, 3, 4, "x"], "'1 of 5 numbers, nan'"),
+        (7, "'1 of 5 numbers, nan'"),
         ([1, 2, 3, 4, 1e39], "1e+39"),
-        ("1,2,3", "'1.0,2.0,3.0'"),
+        ("1,2,3", "'3 of 5 numbers, 1.0,2.0,3.0'"),
     ],
 )
 def test_a_bad_cell_of_a_log_is_a_bad_row(cell, shown, rows, schema, tmp_path):

@@ -109,9 +109,13 @@ def test_new_values_begin_with_vectors_where_another_run_is_continued(dataset, t
     ("name", "frame", "words"),
     [
         ("items", {"value": ["1"], "vector": [[1.0]]}, "items: there is no such table; .* did you mean item"),
-        ("item", {"value": ["1", "2", "3"], "vector": [[1.0], [1.0, 2.0], [1.0]]}, "vector of '2' is not of 1 numbers"),
-        ("item", {"value": ["1"], "vector": [[float("nan")]]}, "the vector of '1' has a number that is not finite"),
-        ("item", {"value": ["1", "1"], "vector": [[1.0], [2.0]]}, "the vector of '1' is one of several"),
+        (
+            "item",
+            {"value": ["1", "2", "3"], "vector": [[1.0], [1.0, 2.0], [1.0]]},
+            "'2' has not one vector of 1 finite",
+        ),
+        ("item", {"value": ["1"], "vector": [[float("nan")]]}, "'1' has not one vector of 1 finite"),
+        ("item", {"value": ["1", "1"], "vector": [[1.0], [2.0]]}, "'1' has not one vector"),
         ("item", {"value": ["x", "y"], "vector": [[1.0], None]}, "no value of .* has an id in"),
         ("item", {"value": ["1"]}, "columns value and vector"),
     ],

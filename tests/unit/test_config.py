@@ -40,7 +40,15 @@ def test_all_problems_are_told_at_once_with_key_value_and_remedy(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('[train]\nbatch_size = 5\nepochs = "two"\n[optimiser]\nx = 1\n[table_optimizer]\nname = "adm"\n')
     with pytest.raises(ConfigError) as error:
-        load_config(path, {"dense-optimizer.learning-rate": "-1", "train.epohcs": "3"})
+        load_config(
+            path,
+            {
+                "dense-optimizer.learning-rate": "-1",
+                "train.epohcs": "3",
+                "train.labels": "a,",
+                "train.loss-weights.a": "-1",
+            },
+        )
     message = str(error.value)
     assert f"{path}: train.batch_size: there is no such key; did you mean train.batch_size_global?" in message
     assert f"{path}: train.epochs: must be a valid integer, got 'two'" in message
@@ -49,6 +57,8 @@ def test_all_problems_are_told_at_once_with_key_value_and_remedy(tmp_path):
     assert "not 'adm'; did you mean adam?" in message
     assert "--dense-optimizer.learning-rate: must be greater than 0, got -1.0" in message
     assert "--train.epohcs: there is no such key; did you mean train.epochs?" in message
+    assert "--train.loss-weights.a: must be greater than 0, got -1" in message  # by its key, not by pydantic's types
+    assert message.count("loss") == 1
 
 
 def test_keys_that_contradict_each_other_are_told():

@@ -9,14 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from torchdlrm.config.types import PositiveInt, Section, either
+from torchdlrm.config.types import PositiveInt, Section
 
 InteractionName = Literal["dot", "dcn", "projection"]
 # Of a model class: what TOML and JSON have in common.
-Setting = Annotated[
-    bool | int | float | str | Annotated[tuple[int | float | str, ...], Field(strict=False)],
-    either("a number, a text, true, false or a list of these"),
-]
+Setting = bool | int | float | str | Annotated[tuple[int | float | str, ...], Field(strict=False)]
 LayerSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
 
 
@@ -135,8 +132,7 @@ class HeadsConfig(Section):
         """Settings that are for other labels, or that are not read, each with what is wrong."""
         if len(labels) < 2:
             if self != HeadsConfig():
-                settings = self.model_dump(exclude_defaults=True)
-                yield f"heads: are for several labels, and there is one; set train.labels, got {settings}"
+                yield f"heads: several labels have them, and there is one; got {self.model_dump(exclude_defaults=True)}"
             return
         unread = {"shared": _OF_EXPERTS, "mmoe": _OF_EXPERTS[:1]}.get(self.kind, ())
         for leaf in unread:

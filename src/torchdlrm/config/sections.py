@@ -18,15 +18,7 @@ from torchdlrm.config.optimizers import (
     TableOptimizerName,
     WeightDecayModeName,
 )
-from torchdlrm.config.types import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    either,
-)
+from torchdlrm.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from torchdlrm.units import Size
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
@@ -69,10 +61,7 @@ class TrainConfig(Section):
         description="several labels to learn in one model; it is judged and chosen by the first, whose predictions it "
         "publishes; in place of label",
     )
-    loss_weights: Annotated[
-        dict[str, PositiveFloat] | Literal["uncertainty"] | None,
-        either("uncertainty, or a number above 0 for a label, as in {purchase = 2.0}"),
-    ] = Field(
+    loss_weights: dict[str, PositiveFloat] | Literal["uncertainty"] | None = Field(
         None,
         description="of several labels: by what the loss of each is multiplied, as in {purchase = 2.0}, 1 where it is "
         "not set; uncertainty learns it (arXiv:1705.07115)",

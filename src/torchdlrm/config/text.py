@@ -6,7 +6,7 @@ In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error tha
 import re
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -105,7 +105,7 @@ def load_config(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        items = error.errors(include_url=False)
+        items = _by_value(error.errors(include_url=False), raw)
         problems += [_describe(item, path, where) for item in items]
         problems += _contradictions_of_the_rest(raw, [[str(part) for part in item["loc"]] for item in items])
     else:
@@ -222,10 +222,22 @@ def _plain_types(annotation: object) -> set[object]:
     return {origin or annotation}
 
 
+def _by_value(items: Sequence[Any], raw: Any) -> list[Any]:
+    """One error for each wrong value, by its key alone: of the types that it may be of, pydantic names each."""
+    found = dict[tuple[Any, ...], Any]()
+    for item in items:
+        at, loc = raw, list[Any]()
+        for part in item["loc"]:
+            if isinstance(part, int) or (isinstance(at, dict) and part in at):
+                at, loc = at[part], [*loc, part]
+        found[*loc,] = {**item, "loc": loc}
+    return [item for loc, item in found.items() if not any(loc == other[: len(loc)] != other for other in found)]
+
+
 def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
     names = [str(part) for part in item["loc"]]
     key = ".".join(names)
-    named = [flag for name, flag in where.items() if f"{name}.".startswith(f"{key}.")]
+    named = [flag for name, flag in where.items() if all(a == b for a, b in zip(name.split("."), names, strict=False))]
     place = named[0] if named else f"{path}: {key}"
     if item["type"] == "extra_forbidden":
         if key in _RENAMED_KEYS:

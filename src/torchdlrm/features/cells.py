@@ -280,7 +280,8 @@ def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str,
 
 def _as_text(cell: object, column: Column) -> str:
     if isinstance(cell, pl.Series):
-        return (getattr(column, "value_separator", None) or ",").join(map(str, cell))
+        text = (getattr(column, "value_separator", None) or ",").join(map(str, cell))
+        return f"{len(cell)} of {column.size} numbers, {text}" if is_vector(column) else text
     return "" if cell is None else str(cell)
 
 

@@ -80,7 +80,7 @@ def known_rows(
     Longer vectors become their leading principal components; shorter ones are filled up with zeros.
 
     Raises:
-        ConfigError: there is no such file or no such table.
+        ConfigError: there is no such file or no such table, or the file has no vectors of the table's values.
         DatasetError: the feature has no vocabulary.
     """
     of = {table.table_key: table for table in tables}
@@ -94,15 +94,10 @@ def known_rows(
         lengths = lists.list.len().to_numpy()
         size = int(np.bincount(lengths, minlength=2).argmax()) or 1
         finite = lists.list.eval(pl.element().is_finite().fill_null(value=False)).list.all()
-        reasons = {
-            f"is not of {size} numbers, as others are": pl.Series(lengths != size),
-            "has a number that is not finite": ~finite,
-            "is one of several": values["value"].is_duplicated(),
-        }
-        for reason, is_so in reasons.items():
-            if is_so.any():
-                msg = f"the vector of {values['value'].filter(is_so)[0]!r} {reason}"
-                raise ValueError(msg)
+        wrong = pl.Series(lengths != size) | ~finite | values["value"].is_duplicated()
+        if wrong.any():
+            msg = f"{values['value'].filter(wrong)[0]!r} has not one vector of {size} finite numbers"
+            raise ValueError(msg)
         vectors = lists.explode().to_numpy().reshape(-1, size)
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         msg = f"train.init_tables.{name}: {file} is no Parquet file of columns value and vector, lists of one length: "
@@ -114,6 +109,9 @@ def known_rows(
     vocabulary = dataset.vocabulary(name.partition("@")[0])
     typed = values.select(KINDS[vocabulary.kind].from_text(pl.col("value").cast(pl.String))).to_series()
     ids = vocabulary.lookup(typed).to_numpy().astype(np.int64)
+    if not ids.any():
+        msg = f"train.init_tables.{name}: no value of {file} has an id in {dataset.path}; write them as in the log"
+        raise ConfigError(msg)
     rows = np.pad(vectors, ((0, 0), (0, table.dim - vectors.shape[1]))).astype(np.float32)
     return table.name, ids[ids > 0], rows[ids > 0]
 

@@ -11,7 +11,7 @@ import torch
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import ConfigError, DatasetError, RunError, TrainingError
+from torchdlrm.errors import DatasetError, RunError, TrainingError
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -120,7 +120,7 @@ def preview_training(
     source = find_source(from_run, folder, dataset, architecture, restart=restart)
     device = rank_device(0, local_world_size, config.train.device)
     agenda, shape = _checked(config, dataset, architecture, device)
-    _check_init_tables(folder, shape, dataset, source, restart=restart)
+    _check_init_tables(folder, shape, dataset, restart=restart)
     solution = plan_of_training(
         config,
         shape,
@@ -247,15 +247,11 @@ def _checked(
     return agenda, shape
 
 
-def _check_init_tables(
-    run: Run, shape: ModelShape, dataset: Dataset, source: SourceRun | None, *, restart: bool
-) -> None:
+def _check_init_tables(run: Run, shape: ModelShape, dataset: Dataset, *, restart: bool) -> None:
     """Refuse files that tables cannot begin with, before anything is written; none is read from a checkpoint on."""
-    files = run.config.train.init_tables or {}
-    for name, file in {} if list_checkpoints(run.checkpoints) and not restart else files.items():
-        if not known_rows(file, name, shape.tables, dataset)[1].size and source is None:
-            msg = f"train.init_tables.{name}: no value of {file} has an id in {dataset.path}; write them as in the log"
-            raise ConfigError(msg)
+    if restart or not list_checkpoints(run.checkpoints):
+        for name, file in (run.config.train.init_tables or {}).items():
+            known_rows(file, name, shape.tables, dataset)
 
 
 def _start_run(
@@ -278,10 +274,8 @@ def _start_run(
     def find() -> SourceRun | None:
         if not removes:
             run.check(dataset, architecture, num_steps=num_steps)
-        where = None if from_run is None else located(from_run)
-        found = find_source(where, run, dataset, architecture, restart=removes)
-        _check_init_tables(run, shape, dataset, found, restart=removes)
-        return found
+        _check_init_tables(run, shape, dataset, restart=removes)
+        return find_source(None if from_run is None else located(from_run), run, dataset, architecture, restart=removes)
 
     source = ranks.on_first(find)
     damage = None if source is None else find_damage_together(source.checkpoint, ranks)

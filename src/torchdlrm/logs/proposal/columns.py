@@ -8,6 +8,7 @@ In: `Facts` of a column that is neither the label nor a time.  Out: a `Choice`.
 | of which no two are equal, unless the name says that it is a user, an item and so on | ignore: ids of the rows |
 | numbers with commas, currencies or percent signs, lists in brackets | sparse: text, until they are written otherwise |
 | dates and times | ignore: only one column orders the rows |
+| lists of one length of numbers with fractions, also in brackets | dense: a vector |
 | lists, or texts with `|` or `;` between values | sparse, several values |
 | 8 hexadecimal digits | sparse hex |
 | integers or floats: codes, by their name or their values | sparse |
@@ -80,10 +81,8 @@ def choose_role(facts: Facts, *, is_whole_log: bool) -> Choice:
 
 def _without_information(facts: Facts) -> Choice | None:
     if facts.is_list:
-        values, sizes = (
-            facts.cells.explode().drop_nulls(),
-            facts.cells.list.len().replace(0, None).drop_nulls().unique(),
-        )
+        values = facts.cells.explode().drop_nulls()
+        sizes = facts.cells.list.len().replace(0, None).drop_nulls().unique()
         numbers = values.cast(pl.Float64, strict=False)
         if len(sizes) == 1 and sizes[0] > 1 and not numbers.null_count() and _has_fractions(numbers):
             return Choice("dense", "a vector", {"kind": "vector", "size": sizes[0]})
@@ -96,6 +95,11 @@ def _without_information(facts: Facts) -> Choice | None:
 
 
 def _as_people_write(facts: Facts) -> Choice | None:
+    if facts.as_people_write is not None and facts.as_people_write[0] == "lists":
+        lists = facts.cells.str.replace_all(r"[\[\]\s]", "").str.split(",")
+        vector = _without_information(Facts(facts.name, lists, facts.num_rows))
+        if vector is not None and vector.role == "dense":
+            return vector
     return facts.as_people_write and Choice("sparse", f"{facts.as_people_write[0]}, read as text", _kind(facts))
 
 

@@ -82,7 +82,7 @@ def find_leaks(label: Label, columns: Sequence[Facts], frame: pl.DataFrame) -> t
         if why := _tells(clicks, facts, frame.to_series(i)):
             leaks[i] = why
         elif _NAMES & set(facts.words) and _pair_of(facts) is not None:
-            leaks[i] = "named like a label, with two values"
+            leaks[i] = 'named like a label, with two values; to learn it too, give it role = "label"'
         elif _NAMES & set(facts.words):
             suspects[i] = "named like a label: is it known before the click?"
     return leaks, suspects

@@ -88,7 +88,7 @@ def propose_schema(path: Path, num_rows: int = SAMPLE_ROWS) -> Proposal:
     warnings = [f"{names[i]} looks like the label and is left out: {why}" for i, why in leaks.items()]
     warnings += [f"{names[i]} is {why}" for i, why in suspects.items()]
     warnings += [
-        f"{name} holds {about.as_people_write[0]} written as {about.cells[0]}: {about.as_people_write[1]}"
+        f"{name} holds {about.as_people_write[0]} written as {about.cells[0]:.80}: {about.as_people_write[1]}"
         for name, about, choice in zip(names, facts, choices, strict=True)
         if choice.role == "sparse" and about.as_people_write
     ]

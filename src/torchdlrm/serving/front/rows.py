@@ -11,6 +11,7 @@ from typing import Any
 from torchdlrm.errors import RowError, shown
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vectors import is_vector
 from torchdlrm.prediction.explain import LeftOut
 from torchdlrm.prediction.json_rows import Part, Row, RowNames, SharedRows, in_shared_too, parts_of
 from torchdlrm.serving.front.bodies import parse_json
@@ -156,6 +157,7 @@ def describe(
         if isinstance(column, DenseColumn | SparseColumn):
             described["kind"] = column.kind
             described["multi_valued"] = isinstance(column, SparseColumn) and column.is_multi_valued
+            described |= {"size": column.size} if is_vector(column) else {}
             if column.buckets is not None:
                 described["buckets"] = column.buckets.model_dump(mode="json")
         if column.name in never_missing:
