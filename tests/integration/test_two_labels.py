@@ -1,5 +1,6 @@
 """A model of two labels after its training: a live model, a delta, what is judged by label, and what is refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -38,7 +39,7 @@ def live(tmp_path_factory):
     return folder
 
 
-def test_a_period_scores_every_label_and_is_judged_by_the_first(live):
+def test_a_period_scores_every_label_and_is_judged_by_the_first(live, dlrm):
     record, scores = PeriodRecord.read(live / "days/0002"), pl.read_parquet(live / "days/0002/scores.parquet")
     assert record.published
     assert record.format_version == 4
@@ -54,6 +55,8 @@ def test_a_period_scores_every_label_and_is_judged_by_the_first(live):
         asked = evaluate(live / "days/0002", label=name, progress=False)
         assert (asked["label"], asked["auc"]) == (name, pytest.approx(metrics["auc"]))
     assert record.gate.labels["purchase"]["rows"] == record.gate.rows
+    _, period = json.loads(dlrm("inspect", live, "--json").stdout)["periods"]
+    assert period["labels"]["purchase"]["auc"] == record.progressive.labels["purchase"]["auc"]
     whole = evaluate(live / "bundles/0002", live / "days/0002/dataset", "val", progress=False)
     assert whole["auc"] == pytest.approx(record.gate.new["auc"])
     assert whole["labels"]["purchase"]["auc"] == pytest.approx(record.gate.labels["purchase"]["auc"])

@@ -1,6 +1,7 @@
 """Several labels in one model: the same on any number of processes and when it is resumed; each label is judged."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from helpers.trainings import logged, losses
 from torchdlrm import evaluate, load_config, train
 from torchdlrm.config import config_toml
 from torchdlrm.errors import ConfigError, RunError
-from torchdlrm.evaluation.report import report_page
+from torchdlrm.evaluation.report import report_page, runs_page
 from torchdlrm.training.run import Run
 
 OWN_LOSS = Path(__file__).parents[2] / "examples" / "own_loss.py"
@@ -72,8 +73,13 @@ def test_each_label_is_judged_by_its_own_rows(ple_run, tmp_path):
     assert other["labels"]["click"]["auc"] == found["auc"]
     (ple_run / "evaluation").mkdir(exist_ok=True)
     (ple_run / "evaluation" / "test.json").write_text(json.dumps(found))
+    (ple_run / "evaluation" / "test.purchase.json").write_text(json.dumps(other))
     page = report_page(Run.open(ple_run))
-    assert all(text in page for text in ("Learning curves, purchase", "test, click", "test, purchase"))
+    assert all(page.count(f">{text}<") == 1 for text in ("test, click", "test, purchase"))
+    assert page.count("Learning curves, purchase</h2>") == 1
+    copy = Run.open(shutil.copytree(ple_run, tmp_path / "copy"))
+    page = runs_page([Run.open(ple_run), copy])
+    assert all(f"<h2>Learning curves, {split}, purchase</h2>" in page for split in ("val", "train"))
 
 
 def test_a_label_or_an_order_that_means_something_else_is_refused(ple_run, two_labels, tmp_path):

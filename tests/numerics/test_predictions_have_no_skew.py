@@ -399,6 +399,7 @@ def every_label_over_http_and_grpc(server, rows, tensors):
         refused = client.post(infer, json={"inputs": tensors, "outputs": [{"name": "purchase"}]})
         assert refused.json()["error"] == "outputs: 'purchase' is none; there are 'prediction', 'prediction_purchase'"
         of_purchase = client.post("/explain?label=purchase", json=rows[:1]).json()["explanations"][0]
+        assert of_purchase["label"] == "purchase"
         assert of_purchase["prediction"] == pytest.approx(found[0][0, 1], abs=1e-6)
         assert of_purchase["labels"] == pytest.approx(dict(zip(two_labels.LABELS, found[0][0], strict=True)), abs=1e-6)
         assert client.post("/explain?label=buy", json=rows[:1]).status_code == 400

@@ -318,11 +318,8 @@ class BundleManifest(SealedJson):
         check_features(model, self.features, self.groups)
         single = {None, *(feature.name for feature in self.features if not feature.is_multi_valued)}
         for label, of in self.recalibrations.items():
-            if of.by not in single:
-                msg = f"recalibration: by {of.by}, which is no sparse feature of one value"
-                raise ValueError(msg)
-            if label not in {column.name for column in schema.learnt}:
-                msg = f"recalibration: of {label}, which is no label that the model predicts"
+            if of.by not in single or label not in {column.name for column in schema.learnt}:
+                msg = f"recalibration: {label} is not predicted, or it is by {of.by}, which is no sparse feature"
                 raise ValueError(msg)
         return self
 

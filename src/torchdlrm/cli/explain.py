@@ -117,7 +117,8 @@ def explain(
     found = predictor.explain(given, label)
     for number, one in enumerate(found):
         adds = {name: f"{by:+.4f}" for name, by in one.contributions.items()}
-        say_facts(f"row {number}: probability {one.prediction:.5f}, logit {one.logit:+.4f}; {METHOD}:", adds)
+        whose = f" of {one.label}" if len(one.labels) > 1 else ""
+        say_facts(f"row {number}: probability{whose} {one.prediction:.5f}, logit {one.logit:+.4f}; {METHOD}:", adds)
     if as_json:
         about = {"bundle": str(bundle), "version": predictor.version, "method": METHOD}
         print_json(about | {"explanations": [one.as_dict() for one in found]})

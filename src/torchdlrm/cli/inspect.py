@@ -74,8 +74,9 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         say(f"started from {SourceRun(environment['warm_start'])}")
     for split, line in content["last_metrics"].items():
         names = ("loss", *logged_names())
-        metrics = (f"{name} {show_number(line[name], 4)}" for name in names if line.get(name) is not None)
-        say(f"{split} at step {line['step']:,}: {', '.join(metrics)}")
+        for label, of in {"": line, **line.get("labels", {})}.items():
+            metrics = (f"{name} {show_number(of[name], 4)}" for name in names if of.get(name) is not None)
+            say(f"{split} at step {line['step']:,}{label and f', {label}'}: {', '.join(metrics)}")
     rows = [
         {
             "checkpoint": f"step {step:,}",
@@ -131,12 +132,14 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
         print_json({"kind": "live"} | content)
         return
     say(f"live model {folder}: {len(content['periods'])} period(s), current is {content['current'] or 'none'}")
+    others = content["periods"][-1].get("labels", {}) if content["periods"] else {}
     rows = [
         {
             "period": str(period["period"]),
             "base": str(period["base"] or "-"),
             "rows": f"{period['rows']:,}",
             **metric_cells(period),
+            **{f"auc {of}": metric_cells(period.get("labels", {}).get(of, {}))["auc"] for of in others},
             "published": "yes" if period["published"] else "no",
             "bundle": show_bytes(period["bundle_bytes"]),
             "delta": "-" if period["delta_bytes"] is None else show_bytes(period["delta_bytes"]),
@@ -165,6 +168,7 @@ def _live_as_dict(folder: Path) -> dict[str, Any]:
         {"period": record.period, "base": record.base}
         | (unknown if record.progressive is None else record.progressive.all)
         | {"rows": record.rows, "clicks": record.clicks, "published": record.published}
+        | ({"labels": record.progressive.labels} if record.progressive and record.progressive.labels else {})
         | {"reasons": record.gate.reasons, "bundle_bytes": record.bundle_bytes, "delta_bytes": record.delta_bytes}
         for record in live.periods
     ]

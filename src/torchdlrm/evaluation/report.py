@@ -47,14 +47,7 @@ def report_page(run: Run) -> str:
     source = f"Started from {SourceRun(environment['warm_start'])}." if "warm_start" in environment else ""
     parts = [
         Part(text=[text for text in ("" if lines else "Nothing has been logged yet.", source) if text]),
-        Part("Learning curves", charts=_log_charts(_by_split(lines))),
-        *(
-            Part(
-                f"Learning curves, {label}",
-                charts=_log_charts(_by_split([{**line, **line["labels"][label]} for line in lines])),
-            )
-            for label in (lines[-1].get("labels", ()) if lines else ())
-        ),
+        *_curves("Learning curves", _by_split(lines)),
         *_judged({"": run}),
         Part("Time of a step by part", rows=_step(run)),
         Part("Config, where it differs from the defaults", [] if changed else ["Nowhere."], rows=changed, wraps=True),
@@ -85,10 +78,8 @@ def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressL
     parts = [
         Part("Runs", rows=[{"run": name} | dict(_cards(of_run)) for name, of_run in lines.items()]),
         Part("Settings that differ", rows=_differing(settings), wraps=True),
-        *(
-            Part(f"Learning curves, {split}", charts=_log_charts({name: log[split] for name, log in logs.items()}))
-            for split in ("val", "train")
-        ),
+        *_curves("Learning curves, val", {name: log["val"] for name, log in logs.items()}),
+        *_curves("Learning curves, train", {name: log["train"] for name, log in logs.items()}),
         *_judged(named),
     ]
     found = (
@@ -101,6 +92,17 @@ def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressL
     return render(f"{len(runs)} runs", parts, lead=f"{found.verdict}.")
 
 
+def _curves(heading: str, logs: Mapping[str, Sequence[Line]]) -> Iterator[Part]:
+    """Yield the curves of lines by name: of the first label, then of each other."""
+    yield Part(heading, charts=_log_charts(logs))
+    for label in dict.fromkeys(label for lines in logs.values() for line in lines for label in line.get("labels", ())):
+        of_label = {
+            name: [{**line, **line["labels"][label]} for line in lines if label in line.get("labels", ())]
+            for name, lines in logs.items()
+        }
+        yield Part(f"{heading}, {label}", charts=_log_charts(of_label))
+
+
 def _judged(named: Mapping[str, Run]) -> Iterator[Part]:
     """Yield what is known of the predictions of runs, of which several have names."""
 
@@ -109,9 +111,11 @@ def _judged(named: Mapping[str, Run]) -> Iterator[Part]:
         return {f"{name}, {split}" if name else split: content for name, split, content in files}
 
     evaluations = found()
-    of_labels = {f"{name}, {of['label']}" if "labels" in of else name: of for name, of in evaluations.items()}
+    of_labels = dict[str, dict[str, Any]]()
     for name, result in evaluations.items():
-        of_labels |= {f"{name}, {label}": {**result, **of} for label, of in result.get("labels", {}).items()}
+        where, others = name.removesuffix(f".{result.get('label')}"), result.get("labels", {})
+        of_labels |= {f"{where}, {result['label']}" if others else name: result}
+        of_labels |= {f"{where}, {label}": {**result, **of} for label, of in others.items()}
     yield Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=_evaluations(of_labels))
     try:
         yield Part(charts=picture_charts(found(FOLDER)))

@@ -23,17 +23,18 @@ class Explanation:
     """The probability of a click of a row, its log-odds, and what each feature that the row has adds to these.
 
     Contributions are by the features' names, the largest in size first. `labels` has the probability of each label, of
-    which one is explained.
+    which `label` is explained.
     """
 
     prediction: float
     logit: float
     contributions: dict[str, float]
     labels: dict[str, float]
+    label: str
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {name: value for name, value in vars(self).items() if name != "labels" or len(self.labels) > 1}
+        return {name: of for name, of in vars(self).items() if not name.startswith("label") or len(self.labels) > 1}
 
 
 class LeftOut:
@@ -64,7 +65,9 @@ class LeftOut:
         of_labels = {name: of[: self._num_rows].tolist() for name, of in self._by_label(probabilities).items()}
         logit = self._by_label(logits)[self._label].tolist()
         found = [
-            Explanation(of_labels[self._label][i], logit[i], {}, {name: of[i] for name, of in of_labels.items()})
+            Explanation(
+                of_labels[self._label][i], logit[i], {}, {name: of[i] for name, of in of_labels.items()}, self._label
+            )
             for i in range(self._num_rows)
         ]
         for (i, name), without in zip(self._cells, logit[self._num_rows :], strict=True):

@@ -76,7 +76,7 @@ def _schemas(service: Service) -> Json:
     others: Json = {}
     output: Json = {"const": OUTPUT}
     if len(labels := service.bundles.current.labels) > 1:
-        explanation["labels"] = _object(dict.fromkeys(labels, probability))
+        explanation |= {"labels": _object(dict.fromkeys(labels, probability)), "label": {"enum": labels}}
         others["labels"] = _object({name: {"type": "array", "items": probability} for name in labels})
         output = {"enum": service.bundles.current.schema.label_columns(OUTPUT)}
     return {

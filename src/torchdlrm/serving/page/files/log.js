@@ -11,9 +11,7 @@ export function featuresOf(schema) {
 }
 
 /** The column of the label that predictions are judged by: the first of several. */
-function labelOf({ columns, labels }) {
-  return columns.find((column) => column.role === "label" && (labels ?? [column.name])[0] === column.name);
-}
+const labelOf = ({ columns, labels }) => columns.find(({ name, role }) => role === "label" && (labels ?? [name])[0] === name);
 
 /** What the model predicts: one of it, several, and its rate. A label that is not called a click has its own name. */
 export function eventOf(schema) {
@@ -116,8 +114,7 @@ function findLayout(firstLine, schema) {
     const known = cells.filter((cell) => byName.has(cell));
     if (known.length > cells.length / 2 || (known.length > 0 && known.length === cells.length)) {
       const columns = cells.map((cell) => byName.get(cell));
-      const used = [label, ...features];
-      const unknown = cells.filter((cell) => !used.includes(byName.get(cell)) || !byName.has(cell));
+      const unknown = cells.filter((cell) => !byName.has(cell) || ![label, ...features].includes(byName.get(cell)));
       return { separator, quote, columns, unknown, hasHeader: true };
     }
     const order = orders.find((columns) => columns.length === cells.length);
