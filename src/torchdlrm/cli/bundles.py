@@ -134,7 +134,7 @@ def show_bundle(folder: Path, *, as_json: bool) -> None:
     rows = []
     for column in bundle.schema.sparse:
         name, record = column.name, manifest.sparse[column.name]
-        mine = [table for table in manifest.tables if table.feature == name]
+        mine = [*{table.table_key: table for table in manifest.tables if table.feature == name}.values()]  # each once
         spans = [bundle.weights.span(table_weight(table.table_key)) for table in mine]
         known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
         rows.append(
