@@ -1,19 +1,23 @@
-r"""What attention over a list costs where it is served, beside a bag of the same length: encoded rows, JSON, one row.
+r"""What attention over a list costs beside a bag of the same length, served (encoded rows, JSON, one row) or trained.
 
     python benchmarks/attention.py --values 50 --json attention.json
+    python benchmarks/attention.py --cpu --train 256 2048
 
 A random log has Criteo's columns, an item, and a history of exactly `--values` items. One model is trained for a few
 steps with each pooling of the history, exported, and served in this process; all take turns, round by round, on the
-same rows. Times are medians of rounds, ratios medians of the rounds' ratios to the bag (`sum`).
+same rows. With `--train` steps of one process are timed in place of predictions. Times are medians of rounds, ratios
+medians of the rounds' ratios to the bag (`sum`).
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,12 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset, rows_of_split
+from torchdlrm.loader.loader import Loader
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.processor import describe_processor
+from torchdlrm.training.pipeline import build_pipeline
+from torchdlrm.training.processes.process_group import join_process_group
+from torchdlrm.training.sharded import build_optimizer, build_sharded_model
 
 _TRAIN_ROWS, _JSON_ROWS = 6_000, 256
 _MIN_SECONDS = 0.2  # of a turn
@@ -48,6 +57,7 @@ def main() -> None:
     parser.add_argument("--poolings", nargs="+", default=list(POOLINGS), choices=list(POOLINGS))
     parser.add_argument("--set", nargs="*", default=[], help="further settings of din and dot, as KEY=VALUE")
     parser.add_argument("--cpu", action="store_true", help="one thread, and its CPU time: where others use the machine")
+    parser.add_argument("--train", nargs="+", type=int, default=[], help="steps on batches of these rows, not served")
     parser.add_argument("--json", type=Path, help="write the measurements here, too")
     options = parser.parse_args()
     print(describe_processor())
@@ -59,7 +69,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         dataset = random_dataset(folder, options.values, options.items)
-        for precision in options.precision:
+        for rows in options.train:
+            for dtype in (torch.float32, torch.bfloat16):
+                steps = training_steps(dataset, options.config, options.poolings, more, rows, dtype)
+                found += by_turns(steps, "train", f"{rows} rows in {dtype}", options.rounds, clock)
+        for precision in () if options.train else options.precision:
             bundles = {
                 name: _bundle(folder, dataset, options.config, name, precision, more) for name in options.poolings
             }
@@ -94,9 +108,7 @@ def random_dataset(folder: Path, num_values: int, num_items: int) -> Dataset:
 def _bundle(
     folder: Path, dataset: Dataset, config: str, name: str, precision: TablePrecision, more: Mapping[str, str]
 ) -> Path:
-    pooling = {**POOLINGS[name], **(more if POOLINGS[name].get("pooling") == "attention" else {})}
-    settings = {f"model.features.history.{key}": value for key, value in pooling.items()}
-    settings |= {"train.max_steps": "20", "logging.tensorboard": "false"}
+    settings = _settings(name, more) | {"train.max_steps": "20", "logging.tensorboard": "false"}
     run = folder / f"run-{name}"
     if not run.exists():
         train(load_config(config, settings), dataset, run, progress=False)
@@ -119,19 +131,54 @@ def measured(
     steps = {name: _steps(path, rows) for name, path in bundles.items()}
     found = []
     for kind in ("encoded", "JSON", "one row"):
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(rounds + 1):  # the first one warms up
-            for name, step in steps.items():
-                times[name].append(_seconds(step[kind][0], clock))
-        print(f"{precision + ', ' + kind:32} {'us/row':>10} {'rows/s':>10} {'times the bag':>14}")
-        for name, seconds in times.items():
-            num_rows, counted, bag = steps[name][kind][1], seconds[1:], times["sum"][1:]
-            us_per_row = statistics.median(counted) / num_rows * 1e6
-            ratio = statistics.median(own / other for own, other in zip(counted, bag, strict=True))
-            print(f"  {name:30} {us_per_row:10.2f} {1e6 / us_per_row:10,.0f} {ratio:14.2f}", flush=True)
-            row = {"tables": precision, "rows": kind, "pooling": name}
-            found.append({**row, "us_per_row": us_per_row, "times_the_bag": ratio})
+        found += by_turns({name: step[kind] for name, step in steps.items()}, precision, kind, rounds, clock)
     return found
+
+
+def by_turns(
+    steps: Mapping[str, tuple[Callable[[], object], int]],
+    tables: str,
+    rows: str,
+    rounds: int,
+    clock: Callable[[], float],
+) -> list[dict[str, Any]]:
+    """Time what each pooling does, and say how many rows it does it to."""
+    found, times = [], {name: list[float]() for name in steps}
+    for _ in range(rounds + 1):  # the first one warms up
+        for name, (step, _) in steps.items():
+            times[name].append(_seconds(step, clock))
+    print(f"{tables + ', ' + rows:32} {'us/row':>10} {'rows/s':>10} {'times the bag':>14}")
+    for name, seconds in times.items():
+        counted, bag = seconds[1:], times["sum"][1:]
+        us_per_row = statistics.median(counted) / steps[name][1] * 1e6
+        ratio = statistics.median(own / other for own, other in zip(counted, bag, strict=True))
+        print(f"  {name:30} {us_per_row:10.2f} {1e6 / us_per_row:10,.0f} {ratio:14.2f}", flush=True)
+        row = {"tables": tables, "rows": rows, "pooling": name}
+        found.append({**row, "us_per_row": us_per_row, "times_the_bag": ratio})
+    return found
+
+
+def training_steps(
+    dataset: Dataset, config: str, poolings: Sequence[str], more: Mapping[str, str], num_rows: int, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """A training step of each pooling, on whole batches that lie in memory."""
+    found: dict[str, tuple[Callable[[], object], int]] = {}
+    with join_process_group() as ranks:
+        for name in poolings:
+            own = load_config(config, _settings(name, more))
+            num_threads, shape = torch.get_num_threads(), ModelShape.of(own.model, dataset)
+            model = build_sharded_model(own, shape, dense_sample=None, ranks=ranks).module
+            torch.set_num_threads(num_threads)
+            pipeline = build_pipeline(model, build_optimizer(model, own.dense_optimizer), dtype=dtype, ranks=ranks)
+            loader = Loader(dataset, "train", batch_size_global=num_rows, tables=shape.tables)
+            batches = itertools.cycle([batch for batch in loader if len(batch.labels) == num_rows])
+            found[name] = partial(pipeline.progress, batches), num_rows
+    return found
+
+
+def _settings(name: str, more: Mapping[str, str]) -> dict[str, str]:
+    pooling = {**POOLINGS[name], **(more if POOLINGS[name].get("pooling") == "attention" else {})}
+    return {f"model.features.history.{key}": value for key, value in pooling.items()}
 
 
 def _steps(path: Path, rows: EncodedRows) -> dict[str, tuple[Callable[[], object], int]]:
