@@ -1,5 +1,6 @@
 """The preprocessing job on a real Dask cluster of separate processes."""
 
+import json
 import random
 import signal
 
@@ -9,13 +10,23 @@ from helpers.buckets import bytes_of
 from helpers.dask_cluster import running_cluster
 from helpers.raw_logs import checksums
 from torchdlrm.errors import ConfigError, LogError
-from torchdlrm.features.schema import criteo_schema
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
 from torchdlrm.storage import objects
 from torchdlrm.storage.places import located
 
 OPTIONS = PreprocessOptions(min_count=2, part_rows=400)
+SHOP = FeatureSchema(
+    name="shop",
+    columns=(
+        LabelColumn(name="click"),
+        DenseColumn(name="text", kind="vector", size=3),
+        SparseColumn(name="item", kind="int"),
+        SparseColumn(name="seen", kind="int", value_separator="|", max_values=3, keep="last", table="item"),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,21 @@ def test_a_cluster_gives_the_same_bytes_although_a_worker_is_killed(cluster, log
     assert workers[0].wait(timeout=10) == -signal.SIGKILL
     assert workers[1].poll() is None
     assert checksums(tmp_path / "there") == checksums(tmp_path / "here")
+    # Vectors, and lists that share a table.
+    rng, shop = random.Random(4), tmp_path / "shop.jsonl"
+    rows = [
+        {
+            "click": rng.randrange(2),
+            "text": [rng.gauss(0, 1) for _ in range(3)] if rng.random() < 0.9 else None,
+            "item": rng.randrange(40),
+            "seen": [rng.randrange(60) for _ in range(rng.randrange(6))],
+        }
+        for _ in range(300)
+    ]
+    shop.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for name, where in (("shop here", Resources()), ("shop there", resources)):
+        preprocess([shop], tmp_path / name, SHOP, OPTIONS, chunk_bytes=9_000, resources=where)
+    assert checksums(tmp_path / "shop there") == checksums(tmp_path / "shop here")
 
 
 @pytest.mark.slow

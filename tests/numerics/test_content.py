@@ -4,6 +4,8 @@ import json
 import tomllib
 from dataclasses import replace
 
+import grpc
+import httpx
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -35,6 +37,7 @@ from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.serving.front.open_inference.messages import CLASSES, PACKAGE, SERVICE
 from torchdlrm.serving.front.open_inference.tensors import Tensor
 from torchdlrm.serving.service.refusals import RefusedRequest
 from torchdlrm.training.job import train
@@ -55,6 +58,7 @@ rule = "order"
 val = 0.1
 test = 0.2
 """
+VECTORS = {"text": 5, "picture": 3}
 SETTINGS = {
     "model.dense_arch_layer_sizes": "12,16",
     "model.over_arch_layer_sizes": "8,1",
@@ -258,6 +262,36 @@ def test_every_way_to_predict_gives_the_same(rows, log, predictor, dataset):
     frame = pl.DataFrame([{**row, "click": None} for row in rows])
     assert (predictor.predict(frame) == predictor.predict(plain)).all()
     assert (predictor.predict(frame.with_columns(pl.lit(None).alias("text"))) != predictor.predict(plain)).sum() > 500
+
+
+def test_a_server_predicts_the_same_of_json_and_of_tensors_by_both_protocols(rows, predictor, serve):
+    rows = [{name: cell for name, cell in row.items() if name != "click" and cell is not None} for row in rows[:200]]
+    expected, count = predictor.predict(rows), len(rows)
+    columns = {name: [cell for row in rows for cell in row.get(name, [0.0] * size)] for name, size in VECTORS.items()}
+    kinds = {"price": "FP64", "item": "BYTES", "user": "INT64"}
+    tensors = [*((name, "FP32", [count, size], columns[name]) for name, size in VECTORS.items())]
+    tensors += [(name, kind, [count], [row[name] for row in rows]) for name, kind in kinds.items()]
+    server = serve(predictor.bundle.path, "--log-level", "warning", "--grpc-port", 0)
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        found = [client.post("/predict", json=rows).json()["predictions"]]
+        found.append([client.post("/predict", json=[row]).json()["predictions"][0] for row in rows[:9]])
+        inputs = [dict(zip(("name", "datatype", "shape", "data"), tensor, strict=True)) for tensor in tensors]
+        answer = client.post(f"/v2/models/{server.model}/infer", json={"inputs": inputs}).json()
+        found.append(answer["outputs"][0]["data"])
+    message = CLASSES["ModelInferRequest"](model_name=server.model)
+    for name, kind, shape, data in tensors:
+        one = message.inputs.add(name=name, datatype=kind, shape=shape)
+        cells = [cell.encode() if isinstance(cell, str) else cell for cell in data]
+        getattr(one.contents, f"{'int64' if kind == 'INT64' else kind.lower()}_contents").extend(cells)
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary(
+            f"/{PACKAGE}.{SERVICE}/ModelInfer",
+            CLASSES["ModelInferRequest"].SerializeToString,
+            CLASSES["ModelInferResponse"].FromString,
+        )
+        found.append(call(message).outputs[0].contents.fp32_contents)
+    for way in found:
+        np.testing.assert_allclose(way, expected[: len(way)], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_rows", [3, 200])

@@ -22,8 +22,10 @@ from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.cli.bundles import show_bundle
 from torchdlrm.config import ModelConfig, load_config
 from torchdlrm.config.model import FeatureConfig
+from torchdlrm.data.dataset import rows_of_split
 from torchdlrm.errors import ConfigError
 from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
 from torchdlrm.exporting.export import export
@@ -265,9 +267,15 @@ def test_all_ways_to_predict_agree_with_the_checkpoint(serve, bundle, run, datas
     assert_no_skew(serve, bundle, run, dataset, log, tmp_path)
 
 
+def test_inspect_shows_the_table_of_a_sequence_once(bundle, capsys):
+    show_bundle(bundle, as_json=False)
+    rows = {line.split()[0]: line for line in capsys.readouterr().err.splitlines() if line.strip()}
+    assert (" and " in rows["words"], " and " in rows["streets"]) == (True, False)
+
+
 def train_sharded(dataset, folder):
-    """What each of two processes does: whole tables, and tables that are cut by rows."""
-    for kind in ("table_wise", "row_wise"):
+    """What each of two processes does: whole tables, and tables that are cut by rows and by columns."""
+    for kind in ("table_wise", "row_wise", "column_wise"):
         rule = {"sharding.constraints": f"*={kind}"}
         train(load_config("criteo-small", SETTINGS | rule), dataset, folder / kind, progress=False)
 
@@ -275,11 +283,24 @@ def train_sharded(dataset, folder):
 def test_two_processes_train_the_same_weights_under_any_plan(run, dataset, tmp_path):
     launch(train_sharded, dataset, tmp_path, processes=Processes(2))
     one = weights_after(run, STEPS)
-    for kind in ("table_wise", "row_wise"):
+    for kind in ("table_wise", "row_wise", "column_wise"):
         two = weights_after(tmp_path / kind, STEPS)
         assert one.keys() == two.keys()
         for key, weight in one.items():
             torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=0, msg=f"{kind} {key}")
+
+
+def test_bfloat16_learns_and_predicts_about_the_same(run, bundle, dataset, tmp_path):
+    settings = SETTINGS | {"train.precision": "bfloat16", "train.max_steps": "2"}
+    train(load_config("criteo-small", settings), dataset, tmp_path, progress=False)
+    rounded, exact = weights_after(tmp_path, 2), weights_after(run, 2)
+    for name, weight in exact.items():
+        assert (rounded[name] - weight).norm() < 0.02 * weight.norm() + 1e-3, name
+    rows = EncodedRows.from_frame(next(rows_of_split(dataset, "test")), dataset.schema)
+    served, expected = (
+        ServedModel(Bundle.open(bundle), precision).predict(rows) for precision in ("bfloat16", "float32")
+    )
+    np.testing.assert_allclose(served, expected, atol=0.02)
 
 
 def test_a_delta_of_rounded_tables_predicts_as_the_rounded_checkpoint(run, dataset, tmp_path):
