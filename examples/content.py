@@ -16,6 +16,7 @@ from torchdlrm import Predictor, evaluate, export, load_config, preprocess, synt
 
 def main(folder: Path) -> None:
     """Learn the first rows, judge the last ones, and predict an item that no row has."""
+    folder.mkdir(parents=True, exist_ok=True)
     truth = synthesize(folder / "log.tsv", rows=60_000, extras=("content",))
     preprocess(folder / "log.tsv", folder / "dataset", folder / "log.tsv.schema.toml")
     # A projection learns from every row: it can take larger steps than the other layers of a small DLRM.

@@ -191,7 +191,7 @@ def test_a_class_that_padding_breaks_is_refused_before_anything_is_trained(small
 
 
 def test_its_run_is_compared_with_one_of_the_dlrm(trained, small_run):
-    found = compare(small_run, f"own={trained.run}", model_class=trained.model_class)
+    found = compare(small_run, f"own={trained.run}", model_class=f"zoo/fcn.py:FCN,{trained.model_class}")
     metrics = [evaluate(small_run), evaluate(trained.run, model_class=trained.model_class)]
     difference = found.differences["own"]["auc"].difference
     assert difference == pytest.approx(metrics[1]["auc"] - metrics[0]["auc"], abs=1e-9)

@@ -64,7 +64,8 @@ def compare(
         group: a column: rows of the same value depend on each other, as those of one user, and count as one.
         label: of runs and bundles which of their labels, and of files their column of labels, as for `evaluate`.
         weight: of files: their column of weights.
-        model_class: of those runs and bundles that were trained with a model class of the user.
+        model_class: of those runs and bundles that were trained with a model class of the user; of several,
+            `FILE.py:NAME` with commas between them, each takes its own.
         allow_changed_model_class: take it though its file has changed since.
         device: where runs compute, as for `evaluate`.
         progress: receives the rows done on rank 0; True and False as for `train`.
@@ -81,17 +82,8 @@ def compare(
     named = named_sources(candidates)
     kinds = {_path(source): kind_of_source(_path(source)) for source in chain(*named.values())}
     taken = {name for kind in kinds.values() for name in TAKES[kind]}
-    asked = Asked(
-        dataset=dataset,
-        split=split,
-        columns=columns_of(by) if by else (),
-        group=group,
-        label=label,
-        weight=weight,
-        model_class=model_class,
-        allow_changed_model_class=allow_changed_model_class,
-        device=device,
-    )
+    columns = columns_of(by) if by else ()
+    asked = Asked(dataset=dataset, split=split, columns=columns, group=group, label=label, weight=weight, device=device)
     known: list[tuple[Path, int, str]] = []  # of each source how many rows it has, and which
     sliced = {_path(sources[0]): name for name, sources in named.items()}
     first: list[PredictedRows] = []
@@ -102,8 +94,9 @@ def compare(
         path = _path(source)
         # Each is for those that take it; what none does is refused.
         others = {*taken} - {*TAKES[kinds[path]]} | ({"columns"} if known else set())
-        others |= set() if _has_model_class(path) else {"model_class", "allow_changed_model_class"}
-        return predicted_rows(source, asked.without(others), listener)
+        own = _model_class_of(path, model_class)
+        how = replace(asked, model_class=own, allow_changed_model_class=allow_changed_model_class and own is not None)
+        return predicted_rows(source, how.without(others), listener)
 
     def read(source: Source) -> Judged:
         path, rows = _path(source), predict(source)
@@ -167,7 +160,11 @@ def _path(source: Source) -> Path:
     return places.located(source) if isinstance(source, str | Path) else source.path
 
 
-def _has_model_class(path: Path) -> bool:
-    """Whether it is a run or a bundle that was trained with a model class of the user."""
+def _model_class_of(path: Path, given: "ModelClass | None") -> "ModelClass | None":
+    """That of a run or a bundle which was trained with a model class of the user; of several by its name."""
     kind = kind_of(path)
-    return kind is not None and json.loads((path / kind.marker).read_text()).get("model_class") is not None
+    record = None if kind is None else json.loads((path / kind.marker).read_text()).get("model_class")
+    if record is None or not isinstance(given, str):
+        return given if record else None
+    name, classes = record["name"].replace(".py:", ":"), given.split(",")
+    return next((one for one in classes if one.replace(".py:", ":").endswith(name)), classes[0])
