@@ -43,7 +43,7 @@ def show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     say(f"split: {manifest.split_rule}")
     if manifest.period is not None:
         _print_turnover(manifest, summary)
-    _print_summary(summary)
+    _print_summary(summary, dataset.label_name)
     print_inputs(dataset.schema, manifest.dense)
     say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
     if manifest.bad_rows.total:
@@ -105,7 +105,7 @@ def print_never_missing(dense: "Mapping[str, DenseTransform]") -> None:
         say(f"never missing in training, so the mean stands for a missing one: {', '.join(names)}")
 
 
-def _print_summary(summary: "DatasetSummary") -> None:
+def _print_summary(summary: "DatasetSummary", label: str) -> None:
     """Print three tables; the values of each split are in one column, below the split's name."""
     splits = list(summary.splits)
     percents_head, drift_head = " ".join(f"{name:>5}" for name in splits), " ".join(f"{name:>4}" for name in splits[1:])
@@ -117,8 +117,9 @@ def _print_summary(summary: "DatasetSummary") -> None:
         return " ".join(f"{drift[name]:4.2f}" if name in drift else f"{'-':>4}" for name in splits[1:])
 
     rows = [
-        {"split": split, "rows": f"{size.rows:,}", "click rate": f"{size.click_rate:.4f}"}
-        | {name: f"{clicks / max(1, size.rows):.4f}" for name, clicks in size.other_clicks.items()}
+        {"split": split, "rows": f"{size.rows:,}"}
+        | {f"rate of {label}" if size.other_clicks else "click rate": f"{size.click_rate:.4f}"}
+        | {f"rate of {name}": f"{clicks / max(1, size.rows):.4f}" for name, clicks in size.other_clicks.items()}
         | {"files": f"{size.files:,}"}
         for split, size in summary.splits.items()
     ]

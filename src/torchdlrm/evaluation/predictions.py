@@ -179,7 +179,7 @@ def _rows_of_file(path: Path, name: str, asked: Asked, label: str, weight: str |
         for argument, column in [*wanted, *(("", column) for column in columns)]:
             if column and column not in there:
                 what = f"`{argument}`: " if argument else ""
-                msg = f"{what}{path} has no column {column!r}; it has {', '.join(there[:30])}"
+                msg = f"{what}{path} has no column {column!r}; it has {', '.join(there[:30])}; name one of these"
                 raise UserError(msg)
         clicked, scored = pl.col(label).cast(pl.Float64), pl.col(score).cast(pl.Float64)
         is_wrong = ~clicked.is_in([0.0, 1.0])
