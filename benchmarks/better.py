@@ -63,29 +63,28 @@ def decay(rate: float) -> Variant:
     return Variant({"table_optimizer.weight_decay": rate, "table_optimizer.weight_decay_mode": "lazy"})
 
 
+def ensemble(num_members: int) -> Variant:
+    """Members of the size of criteo-small."""
+    dim = 16 * num_members
+    sizes = {"model.embedding_dim": dim, "model.dense_arch_layer_sizes": f"256,64,{dim}"}
+    return Variant({"model.settings.num_members": num_members, **sizes}, f"{ZOO / 'ensemble.py'}:Ensemble")
+
+
 FLAT = Variant({}, f"{ZOO / 'pnn.py'}:PNN")
-TABM = Variant({}, f"{ZOO / 'tabm.py'}:TabM")
-TABM_FLAT = TABM | Variant({"model.settings.reads_vectors": "true"})
-RATE = Variant({"dense_optimizer.learning_rate": 0.005})
-EPOCHS = Variant({"train.epochs": 2})
-FRESH = EPOCHS | Variant({"train.fresh_tables": "true"})
-AVERAGE = Variant({}, None, is_averaged=True)
+FRESH = Variant({"train.epochs": 2, "train.fresh_tables": "true"})
 VARIANTS = {
     "dot": Variant(),
-    "flat": FLAT,
-    "tabm": TABM,
-    "tabm flat": TABM_FLAT,
-    "rate": RATE,
-    **{f"decay {rate:g}": decay(rate) for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
-    **{f"scale {scale:g}": Variant({"model.table_init_scale": scale}) for scale in (0.5, 0.1, 0.03)},
-    "average": AVERAGE,
-    "scale 0.5 + decay 0.03": Variant({"model.table_init_scale": 0.5}) | decay(0.03),
-    "two epochs": EPOCHS,
     "fresh tables": FRESH,
     "fresh tables + decay 0.03": FRESH | decay(0.03),
-    "batch 32": Variant({"train.batch_size_global": 32}),
-    "tabm flat + decay + rate": TABM_FLAT | decay(0.003) | RATE,
-    "tabm flat + decay + rate + average": TABM_FLAT | decay(0.003) | RATE | AVERAGE,
+    "ensemble of 5 + decay 0.03": ensemble(5) | decay(0.03),
+    "flat": FLAT,
+    "flat + fresh tables + decay 0.03": FLAT | FRESH | decay(0.03),
+    "gdcn + fresh tables + decay 0.03": Variant({}, f"{ZOO / 'gdcn.py'}:GDCN") | FRESH | decay(0.03),
+    "tabm flat": Variant({"model.settings.reads_vectors": "true"}, f"{ZOO / 'tabm.py'}:TabM"),
+    "rate": Variant({"dense_optimizer.learning_rate": 0.005}),
+    **{f"decay {rate:g}": decay(rate) for rate in (0.003, 0.03, 0.3)},
+    **{f"scale {scale:g}": Variant({"model.table_init_scale": scale}) for scale in (0.5, 0.1)},
+    "average": Variant({}, None, is_averaged=True),
 }
 
 

@@ -2,15 +2,18 @@
 
     python benchmarks/zoo.py train.txt --folder zoo --seeds 10
 
-All train with the settings of criteo-small, which suit the dot products, but for DeepFM, whose file says others; see
-benchmarks/better.py for how they are judged, and for resuming.
+All train with the settings of criteo-small, which suit the dot products, but for DeepFM and the ensemble, whose
+files say others; see benchmarks/better.py for how they are judged, and for resuming.
 """
 
 import re
 
-from better import ZOO, Variant, main
+from better import ZOO, Variant, decay, ensemble, main
 
-SETTINGS = {"deepfm": {"model.table_init_scale": 0.1, "table_optimizer.learning_rate": 0.02}}
+SETTINGS = {
+    "deepfm": {"model.table_init_scale": 0.1, "table_optimizer.learning_rate": 0.02},
+    "ensemble": (ensemble(5) | decay(0.03)).settings,
+}
 
 
 def models() -> dict[str, Variant]:
