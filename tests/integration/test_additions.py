@@ -4,6 +4,7 @@ The package is copied, these files are changed, and what was added is trained, e
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -161,7 +162,8 @@ def found(small_dataset, tmp_path_factory):
                 text = text.replace(before, inserted + before)
             (copy / name).write_text(text)
     command = [sys.executable, "-c", SCRIPT, str(small_dataset.path), str(folder)]
-    done = subprocess.run(command, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -127,7 +127,7 @@ def test_a_cell_of_any_type_means_what_its_text_means(dtype, data):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_list_of_any_type_means_what_the_list_of_its_texts_means(dtype, data):
     column = data.draw(st.sampled_from(lists() + WEIGHTED)).model_copy(update={"null_values": data.draw(NULLS)})
