@@ -30,7 +30,7 @@ POOLINGS: Mapping[str, Mapping[str, str]] = {
     "din": {"pooling": "attention", "target": "item"},
     "dot": {"pooling": "attention", "target": "item", "attention": "dot"},
 }
-SETTINGS = ("train.batch_size_global=64", "dense_optimizer.learning_rate=0.02")
+SETTINGS = ("train.batch_size_global=64", "train.epochs=2", "dense_optimizer.learning_rate=0.02")
 
 
 def main() -> None:

@@ -76,6 +76,7 @@ VARIANTS = {
     "dot": Variant(),
     "fresh tables": FRESH,
     "fresh tables + decay 0.03": FRESH | decay(0.03),
+    "ensemble of 4 + decay 0.03": ensemble(4) | decay(0.03),
     "ensemble of 5 + decay 0.03": ensemble(5) | decay(0.03),
     "flat": FLAT,
     "flat + fresh tables + decay 0.03": FLAT | FRESH | decay(0.03),

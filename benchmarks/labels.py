@@ -1,6 +1,6 @@
 """What one model of two labels knows of each, beside a model for each label: heads, by paired seeds.
 
-    python benchmarks/labels.py --folder labels --seeds 3
+    python benchmarks/labels.py --folder labels --seeds 5
 
 The log is synthetic, with clicks and purchases after them (`dlrm synthesize --labels 2`): effects of users, items and
 pairs of both on the click, of which the purchase has three quarters. AUC is that of val and test, and differences from
@@ -31,8 +31,8 @@ LABELS = ("click", "purchase")
 BOTH = {"train.labels": ",".join(LABELS)}
 ESMM = {"model.heads.after.purchase": "click"}
 MMOE = {"model.heads.kind": "mmoe", "model.heads.expert_layer_sizes": "64,32"}
-PLE = {"model.heads.kind": "ple", "model.heads.num_experts": "2", "model.heads.num_shared_experts": "2"}
-PLE |= {"model.heads.expert_layer_sizes": "64,32"}
+PLE = {"model.heads.kind": "ple", "model.heads.num_experts": "1", "model.heads.num_shared_experts": "1"}
+PLE |= {"model.heads.expert_layer_sizes": "128"}
 VARIANTS: Mapping[str, Mapping[str, str]] = {
     "click": {"train.label": "click"},
     "purchase": {"train.label": "purchase"},
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("labels"), help="for log, dataset and runs.jsonl")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the log")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each variant")
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS], metavar="VARIANT")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a thread of its own")
     parser.add_argument("--json", type=Path, help="write the table here, too")
