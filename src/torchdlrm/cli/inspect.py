@@ -133,13 +133,14 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
         return
     say(f"live model {folder}: {len(content['periods'])} period(s), current is {content['current'] or 'none'}")
     others = content["periods"][-1].get("labels", {}) if content["periods"] else {}
+    first = next(iter(metric_cells({})))
     rows = [
         {
             "period": str(period["period"]),
             "base": str(period["base"] or "-"),
             "rows": f"{period['rows']:,}",
             **metric_cells(period),
-            **{f"auc {of}": metric_cells(period.get("labels", {}).get(of, {}))["auc"] for of in others},
+            **{f"{first} {of}": metric_cells(period.get("labels", {}).get(of, {}))[first] for of in others},
             "published": "yes" if period["published"] else "no",
             "bundle": show_bytes(period["bundle_bytes"]),
             "delta": "-" if period["delta_bytes"] is None else show_bytes(period["delta_bytes"]),
