@@ -21,6 +21,7 @@ FLOORS = {
     "processor": 0,
     "progress": 0,
     "ranks": 0,
+    "records": 0,
     "shared_memory": 0,
     "storage": 0,
     "toml": 0,

@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
     from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
-    from torchdlrm.model.dlrm import SparseArch as SparseArch
     from torchdlrm.model.dot import InteractionArch as InteractionArch
     from torchdlrm.model.dropout import DroppedActivation as DroppedActivation
     from torchdlrm.model.loss import DLRMTrain as DLRMTrain
+    from torchdlrm.model.sparse_arch import SparseArch as SparseArch
     from torchdlrm.planning.plan import plan as plan
     from torchdlrm.planning.plan_request import PlanRequest as PlanRequest
     from torchdlrm.prediction.predictor import Predictor as Predictor
@@ -94,10 +94,11 @@ _NAMES_OF = {
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
     "model.batch_norm": ("GlobalBatchNorm1d", "global_mean"),
-    "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "SparseArch"),
+    "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection"),
     "model.dropout": ("DroppedActivation",),
     "model.dot": ("InteractionArch",),
     "model.loss": ("DLRMTrain",),
+    "model.sparse_arch": ("SparseArch",),
     "planning.plan": ("plan",),
     "planning.plan_request": ("PlanRequest",),
     "prediction.predictor": ("Predictor",),

@@ -1,4 +1,4 @@
-"""Writes values as TOML, explains errors in TOML documents, and tells names of presets from paths.
+"""Reads TOML files, writes values as TOML, explains errors in documents, and tells names of presets from paths.
 
 In: a value or a document; or a problem that pydantic found.  Out: text.
 """
@@ -6,6 +6,7 @@ In: a value or a document; or a problem that pydantic found.  Out: text.
 import difflib
 import logging
 import re
+import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,22 @@ from typing import Any
 
 import tomli_w
 
+from torchdlrm.errors import UserError
+
 _log = logging.getLogger(__name__)
 _MAX_VALUE_CHARACTERS = 80
+
+
+def read_toml(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """Read a document; raises an error of the class that is given where the file cannot be read, or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        msg = f"{path}: cannot be read: {cause.strerror or cause}"
+        raise error(msg) from cause
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        msg = f"{path}: not a TOML file: {cause}"
+        raise error(msg) from cause
 
 
 def toml_text(document: Mapping[str, object]) -> str:

@@ -34,8 +34,8 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.tables import Feature, FeatureTable, check_features
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.dlrm import embeddings_of_groups
 from torchdlrm.model.pooling import KINDS, pooled_features, pooling_of
+from torchdlrm.model.sparse_arch import embeddings_of_groups
 from torchdlrm.preprocessing.preprocess import preprocess
 from torchdlrm.sharding.tables import tables_of_model
 from torchdlrm.training.checkpoint import checkpoint_path
@@ -370,7 +370,7 @@ def test_the_products_of_attention_are_those_that_are_computed(kind):
 )
 def test_what_cannot_be_pooled_is_refused(features, words):
     model = ModelConfig(features={name: FeatureConfig(**given) for name, given in features.items()})
-    problems = model.feature_problems()
+    problems = [*model.feature_problems()]
     try:
         check_features(model, (ITEM, LIST, Feature("words", 5, is_multi_valued=True)))
     except ConfigError as error:

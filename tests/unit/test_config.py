@@ -234,7 +234,7 @@ def test_a_bare_name_is_the_preset_whatever_lies_in_the_folder(make, tmp_path, m
     kind = "folder" if make is Path.mkdir else "file"
     told = [f"{name}: taken as the preset of that name; the {kind} of that name is ./{name}" for name in presets]
     assert [record.getMessage() for record in caplog.records if record.name == "torchdlrm.toml"] == told
-    with pytest.raises(ConfigError, match="Is a directory" if make is Path.mkdir else "sets no key"):
+    with pytest.raises(ConfigError, match="is a folder, not a config" if make is Path.mkdir else "sets no key"):
         load_config("./criteo-small")
 
 

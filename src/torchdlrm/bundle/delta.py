@@ -12,20 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from torchdlrm.bundle.manifest import (
-    MANIFEST_NAME,
-    WEIGHTS_NAME,
-    BundleManifest,
-    Frozen,
-    SealedJson,
-    Sha256,
-    StoredFile,
-)
+from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest, SealedJson, Sha256, StoredFile
 from torchdlrm.errors import BundleError
 from torchdlrm.files import sha256_of
 from torchdlrm.folders import KindName
+from torchdlrm.records import Record
 from torchdlrm.storage import mirror
 
 DELTA_NAME, CHANGES_NAME, FILES_FOLDER = "delta.json", "weights.delta", "files"
@@ -34,7 +27,7 @@ FORMAT_VERSION = 1
 MAX_BLOCK_ROWS, BLOCK_BYTES = 2**16, 16 * 2**20
 
 
-class BundleIdentity(Frozen):
+class BundleIdentity(Record):
     """What identifies a bundle.
 
     Attributes:
@@ -59,7 +52,7 @@ class BundleIdentity(Frozen):
         )
 
 
-class FileRecipe(Frozen):
+class FileRecipe(Record):
     """How a file of the result is made.
 
     Attributes:
@@ -73,15 +66,12 @@ class FileRecipe(Frozen):
     file: StoredFile | None = None
     removed_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = ()
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if (self.file is None) != (self.how in {"base", "index"}) or (self.removed_ids and self.how != "rows"):
-            msg = f"{self.how!r} with a file that it does not read, or without the one that it does"
-            raise ValueError(msg)
-        return self
+            yield f"{self.how!r} with a file that it does not read, or without the one that it does"
 
 
-class TableRecipe(Frozen):
+class TableRecipe(Record):
     """How a table of the result is made: by blocks of rows, each the base's with some rows replaced.
 
     Attributes:
@@ -100,19 +90,14 @@ class TableRecipe(Frozen):
     block_rows: Annotated[int, Field(ge=1, le=MAX_BLOCK_ROWS)]
     changed_rows: tuple[Annotated[int, Field(ge=0)], ...]
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.base_rows > self.num_rows or self.block_rows > max(1, BLOCK_BYTES // self.row_bytes):
-            msg = f"{self.table}: more rows in the base than there are, or blocks above {BLOCK_BYTES:,} bytes"
-            raise ValueError(msg)
+            yield f"{self.table}: more rows in the base than there are, or blocks above {BLOCK_BYTES:,} bytes"
         if len(self.changed_rows) != -(-self.num_rows // self.block_rows):
-            msg = f"{self.table}: {len(self.changed_rows):,} blocks are not those of {self.num_rows:,} rows"
-            raise ValueError(msg)
+            yield f"{self.table}: {len(self.changed_rows):,} blocks are not those of {self.num_rows:,} rows"
         for start, stop, changed in self.blocks():
             if not stop - max(start, min(stop, self.base_rows)) <= changed <= stop - start:
-                msg = f"{self.table}: {changed:,} changed rows among those from {start:,} to {stop:,}"
-                raise ValueError(msg)
-        return self
+                yield f"{self.table}: {changed:,} changed rows among those from {start:,} to {stop:,}"
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """First row, the row behind the last, and how many are replaced."""
@@ -128,7 +113,7 @@ class TableRecipe(Frozen):
         )
 
 
-class WeightsRecipe(Frozen):
+class WeightsRecipe(Record):
     """How the weights are made.
 
     Attributes:
@@ -149,13 +134,10 @@ class WeightsRecipe(Frozen):
         """Of the weights that it makes."""
         return sum(piece if isinstance(piece, int) else piece.num_rows * piece.row_bytes for piece in self.pieces)
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         held = sum(piece if isinstance(piece, int) else piece.size_bytes for piece in self.pieces)
         if held != self.file.size_bytes:
-            msg = f"{self.file.size_bytes:,} bytes of {CHANGES_NAME}, and pieces of {held:,}"
-            raise ValueError(msg)
-        return self
+            yield f"{self.file.size_bytes:,} bytes of {CHANGES_NAME}, and pieces of {held:,}"
 
 
 class DeltaManifest(SealedJson):

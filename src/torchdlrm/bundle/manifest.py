@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.config import ModelConfig
 from torchdlrm.config.model import in_one_list, in_sections
 from torchdlrm.errors import BundleError
-from torchdlrm.features.schema import FeatureSchema, problems
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.tables import Feature, FeatureTable, Table, check_features, feature_tables, sparse_features
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of
@@ -20,6 +20,7 @@ from torchdlrm.folders import KindName, wrong_folder
 from torchdlrm.judging import RecalibrationMethod
 from torchdlrm.judging.recalibration import Recalibration
 from torchdlrm.model.model_class import ModelClassRecord
+from torchdlrm.records import Record, problems
 from torchdlrm.storage import mirror
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
@@ -59,13 +60,7 @@ def oldest_version(
     return next((version for version, is_needed in needed.items() if is_needed), _WITHOUT_MODEL_CLASS)
 
 
-class Frozen(BaseModel):
-    """What is read from JSON, and not changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class SealedJson(Frozen):
+class SealedJson(Record):
     """A JSON file with a checksum of its own content.
 
     Attributes:
@@ -139,7 +134,7 @@ class SealedJson(Frozen):
         return manifest
 
 
-class StoredFile(Frozen):
+class StoredFile(Record):
     """A file of the bundle."""
 
     size_bytes: Annotated[int, Field(ge=0)]
@@ -180,7 +175,7 @@ class StoredFile(Frozen):
             raise BundleError(msg)
 
 
-class ServedFeature(Frozen):
+class ServedFeature(Record):
     """A sparse feature; one that shares another's table has the same record.
 
     Attributes:
@@ -196,7 +191,7 @@ class ServedFeature(Frozen):
     index: str | None = None
 
 
-class Origin(Frozen):
+class Origin(Record):
     """Where the weights came from.
 
     Attributes:
@@ -215,14 +210,14 @@ class Origin(Frozen):
     versions: dict[str, str]
 
 
-class PredictionRecord(Frozen):
+class PredictionRecord(Record):
     """How good predictions are on the rows of the check."""
 
     auc: float | None
     logloss: float
 
 
-class CheckRecord(Frozen):
+class CheckRecord(Record):
     """The check at the end of the export: the same rows by the checkpoint and by the bundle.
 
     Attributes:
@@ -293,54 +288,41 @@ class BundleManifest(SealedJson):
     def _with_sections(cls, model: Any) -> Any:
         return in_sections(model) if isinstance(model, dict) else model
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         """What the parts say of each other, so that whatever predicts by them may rely on it."""
         schema, model = self.feature_schema, self.model
         for key, records, columns in (("dense", self.dense, schema.dense), ("sparse", self.sparse, schema.sparse)):
             if list(records) != [column.name for column in columns]:
-                msg = f"{key} does not have the {key} columns of the schema in their order"
-                raise ValueError(msg)
-        self._check_sparse()
+                yield f"{key} does not have the {key} columns of the schema in their order"
+        yield from self._sparse_contradictions()
         dim, num_vectors = model.embedding_dim, len(self.sparse) + 2
         if dim % 4 or model.dense_arch_layer_sizes[-1] != dim or model.over_arch_layer_sizes[-1] != 1:
-            msg = f"model: embedding_dim {dim} is no multiple of 4, or the arches do not end with it and with 1"
-            raise ValueError(msg)
-        if interaction := model.interaction_problems():
-            raise ValueError(interaction[0])
+            yield f"model: embedding_dim {dim} is no multiple of 4, or the arches do not end with it and with 1"
+        yield from model.interaction_problems()
         of_interaction = model.interaction_config.layer_sizes
         layers = (*model.dense_arch_layer_sizes, *of_interaction, *model.over_arch_layer_sizes)
         if max(dim * num_vectors, *layers) > _MAX_ROW_NUMBERS:
-            msg = f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
-            raise ValueError(msg)
-        if smaller := model.feature_problems():
-            raise ValueError(smaller[0])
+            yield f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
+        yield from model.feature_problems()
         check_features(model, self.features, self.groups)
         single = {None, *(feature.name for feature in self.features if not feature.is_multi_valued)}
         for label, of in self.recalibrations.items():
             if of.by not in single or label not in {column.name for column in schema.learnt}:
-                msg = f"recalibration: {label} is not predicted, or it is by {of.by}, which is no sparse feature"
-                raise ValueError(msg)
-        return self
+                yield f"recalibration: {label} is not predicted, or it is by {of.by}, which is no sparse feature"
 
-    def _check_sparse(self) -> None:
+    def _sparse_contradictions(self) -> Iterator[str]:
         for column in self.feature_schema.sparse:
             record = self.sparse[column.name]
             if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
-                msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
-                raise ValueError(msg)
+                yield f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
             if record != self.sparse[column.owner]:
-                msg = f"sparse.{column.name}: has another table or vocabulary than {column.owner}, which it shares"
-                raise ValueError(msg)
+                yield f"sparse.{column.name}: has another table or vocabulary than {column.owner}, which it shares"
             if column.buckets is not None and not column.buckets.is_fitted:
-                msg = f"sparse.{column.name}: its buckets are quantiles without boundaries"
-                raise ValueError(msg)
+                yield f"sparse.{column.name}: its buckets are quantiles without boundaries"
             if column.hash is None and record.index is None and column.value_kind.is_text:
-                msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
-                raise ValueError(msg)
+                yield f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
             if column.hash is not None and column.hash > record.num_embeddings:
-                msg = f"sparse.{column.name}: hashed into {column.hash:,} rows, its table has {record.num_embeddings:,}"
-                raise ValueError(msg)
+                yield f"sparse.{column.name}: hashed into {column.hash:,} rows, its table has {record.num_embeddings:,}"
 
     def check_names(self, folder: Path) -> None:
         """See that files which are named have checksums, and lie in the folder.

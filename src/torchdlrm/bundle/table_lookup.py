@@ -111,7 +111,7 @@ class TableLookup:
             self._poolings.append((number[name], own, target, _pooling(bundle, keys, dtype)))
 
     def __call__(self, rows: EncodedRows) -> Tensor:
-        """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.dlrm.SparseArch` has it.
+        """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.sparse_arch` has it.
 
         Raises:
             DatasetError: an id is outside its table.

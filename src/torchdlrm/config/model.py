@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from torchdlrm.config.types import PositiveInt, Section
+from torchdlrm.config.types import PositiveInt, Section, changed_settings
 
 InteractionName = Literal["dot", "dcn", "projection"]
 # Of a model class: what TOML and JSON have in common.
@@ -135,9 +135,9 @@ class HeadsConfig(Section):
                 yield f"heads: several labels have them, and there is one; got {self.model_dump(exclude_defaults=True)}"
             return
         unread = {"shared": _OF_EXPERTS, "mmoe": _OF_EXPERTS[:1]}.get(self.kind, ())
-        for leaf in unread:
-            if getattr(self, leaf) != type(self).model_fields[leaf].default:
-                yield f"heads.{leaf}: model.heads.kind = {self.kind} does not read it, got {getattr(self, leaf)!r}"
+        for leaf, value in changed_settings(self):
+            if leaf in unread:
+                yield f"heads.{leaf}: model.heads.kind = {self.kind} does not read it, got {value!r}"
         if unknown := {*self.after, *self.after.values()}.difference(labels):
             yield f"heads.after: {', '.join(sorted(unknown))} is not in train.labels, which are {', '.join(labels)}"
         elif len(self.chain(labels)) < len(self.after):
@@ -245,19 +245,15 @@ class ModelConfig(Section):
         unread |= set() if self.heads != HeadsConfig() else {"heads"}
         return {name: value for name, value in write(self).items() if name not in unread}
 
-    def interaction_problems(self) -> list[str]:
+    def interaction_problems(self) -> Iterator[str]:
         """Settings that the interaction does not read, lacks, or cannot be built with."""
-        found = []
         for name, section in self._interactions.items():
             if name == self.interaction:
-                found += [f"model.{name}.{problem}" for problem in section.problems(self.embedding_dim)]
+                yield from (f"model.{name}.{problem}" for problem in section.problems(self.embedding_dim))
                 continue
-            found += [
-                f"model.{name}.{leaf}: only model.interaction = {name} reads it, got {value!r} with {self.interaction}"
-                for leaf, value in section
-                if value != type(section).model_fields[leaf].default
-            ]
-        return found
+            for leaf, value in changed_settings(section):
+                only = f"only model.interaction = {name} reads it"
+                yield f"model.{name}.{leaf}: {only}, got {value!r} with {self.interaction}"
 
     def with_features(self, features: dict[str, FeatureConfig]) -> Self:
         """The same with other smaller tables."""
@@ -268,30 +264,22 @@ class ModelConfig(Section):
         """The same without what is read in training alone."""
         return self.model_copy(update={"table_init_scale": 1.0})
 
-    def feature_problems(self) -> list[str]:
+    def feature_problems(self) -> Iterator[str]:
         """What is wrong with the settings of features, whatever the dataset."""
-        found = []
         for name, feature in self.features.items():
             key, dim = f"model.features.{name}", feature.embedding_dim
             if dim is not None and (dim % 4 or dim > self.embedding_dim):
-                found.append(
+                yield (
                     f"{key}.embedding_dim: must be a multiple of 4 and at most model.embedding_dim = "
                     f"{self.embedding_dim}, got {dim}"
                 )
             if feature.quotient_remainder is None and feature.num_collisions != 4:
-                found.append(
-                    f"{key}.num_collisions: only quotient_remainder reads it; set {key}.quotient_remainder too"
-                )
+                yield f"{key}.num_collisions: only quotient_remainder reads it; set {key}.quotient_remainder too"
             if dim not in {None, self.embedding_dim} and feature.quotient_remainder is not None:
-                found.append(
-                    f"{key}.embedding_dim: tables of quotient_remainder have model.embedding_dim; set one of both"
-                )
+                yield f"{key}.embedding_dim: tables of quotient_remainder have model.embedding_dim; set one of both"
             if feature.pooling == "attention" and feature.target is None:
-                found.append(f"{key}.target: pooling = attention needs it: the feature that values are weighted for")
+                yield f"{key}.target: pooling = attention needs it: the feature that values are weighted for"
             if feature.pooling != "attention":
-                found += [
-                    f"{key}.{leaf}: only pooling = attention reads it; set {key}.pooling too"
-                    for leaf in _OF_ATTENTION
-                    if getattr(feature, leaf) != FeatureConfig.model_fields[leaf].default
-                ]
-        return found
+                for leaf, _ in changed_settings(feature):
+                    if leaf in _OF_ATTENTION:
+                        yield f"{key}.{leaf}: only pooling = attention reads it; set {key}.pooling too"

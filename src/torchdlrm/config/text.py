@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from torchdlrm.config.contradictions import contradictions
 from torchdlrm.config.model import FLAT_NAMES, in_sections
-from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
+from torchdlrm.config.sections import ANY_FEATURE, Config, sections, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import kind_of
 from torchdlrm.storage.mirror import fetch
 from torchdlrm.storage.places import located
-from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
+from torchdlrm.toml import did_you_mean, explain, is_preset, read_toml, toml_text, toml_value
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
 # Earlier names of keys. A message gives the new name; in the config of a run, the old ones are read as well.
@@ -109,7 +110,7 @@ def load_config(
         problems += [_describe(item, path, where) for item in items]
         problems += _contradictions_of_the_rest(raw, [[str(part) for part in item["loc"]] for item in items])
     else:
-        problems += cross_checks(config)
+        problems += contradictions(config)
         if not problems:
             return config
     raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
@@ -125,19 +126,13 @@ def about_config(name: str | Path, overrides: Mapping[str, str]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            raw = tomllib.load(file)
-    except OSError as error:
-        kind = kind_of(path)
-        why = f"cannot read the config: {error.strerror}" if kind is None else f"is a {kind.name}, not a config"
-        msg = f"{path}: {why}; name a TOML file, or one of {', '.join(shipped_config_names())}"
-        raise ConfigError(msg) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path}: not a TOML file: {error}"
-        raise ConfigError(msg) from error
+    names = ", ".join(shipped_config_names())
+    if path.is_dir():
+        what = "folder" if (kind := kind_of(path)) is None else kind.name
+        msg = f"{path}: is a {what}, not a config; name a TOML file, or one of {names}"
+        raise ConfigError(msg)
+    raw = read_toml(path, ConfigError)
     if not _num_keys(raw):
-        names = ", ".join(shipped_config_names())
         msg = (
             f"{path}: sets no key, so it is no config; `dlrm config NAME` prints one to start from, NAME one of {names}"
         )
@@ -169,7 +164,7 @@ def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> 
         else:
             raw.pop(section, None)
     names = [".".join(loc[:2]) for loc in wrong]
-    return [line for line in cross_checks(Config.model_validate(raw)) if not any(name in line for name in names)]
+    return [line for line in contradictions(Config.model_validate(raw)) if not any(name in line for name in names)]
 
 
 def config_toml(config: Config) -> str:

@@ -1,5 +1,6 @@
 """Types of settings that several sections have, and what all sections are."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,3 +17,10 @@ class Section(BaseModel):
 
     # Strict, so that "2048" or 2048.0 in a file is an error and not a guess; tuples come as TOML lists.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def changed_settings(section: BaseModel) -> Iterator[tuple[str, object]]:
+    """The settings of a section that have other values than their defaults, by name."""
+    for name, field in type(section).model_fields.items():
+        if (value := getattr(section, name)) != field.default:
+            yield name, value

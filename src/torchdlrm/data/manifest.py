@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from torchdlrm.data.splits import SplitName
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.bad_rows import BadRow, BadRows
-from torchdlrm.features.schema import FeatureSchema, problems
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import sha256_of
+from torchdlrm.records import Record, problems
 
 _FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, _WITH_IDS = range(1, 7)
 FORMAT_VERSION = 7  # with vectors or histories
@@ -40,11 +41,7 @@ def oldest_version(
     return _WITH_PERIOD if has_period else _WITH_BUCKETS if schema.needs_newer_formats else _FIRST_VERSION
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class FileRecord(_Frozen):
+class FileRecord(Record):
     """A file of the dataset; `path` from the dataset's folder, with `/`."""
 
     path: str
@@ -58,7 +55,7 @@ class FileRecord(_Frozen):
         return cls(path=path, rows=rows, size_bytes=(folder / path).stat().st_size, sha256=sha256_of(folder / path))
 
 
-class SplitRecord(_Frozen):
+class SplitRecord(Record):
     """A split: its rows, how many were clicked, its files in order, how often its values were unknown or missing.
 
     Where there are several labels, `clicks` is of the first, and `other_clicks` has the others by name.  Where a column
@@ -71,9 +68,9 @@ class SplitRecord(_Frozen):
     files: tuple[FileRecord, ...]
     unknown_rows: dict[str, int]
     missing_rows: dict[str, int]
-    values: dict[str, int] = {}
-    drift: dict[str, float] = {}
-    other_clicks: dict[str, int] = {}
+    values: dict[str, int] = Field({})
+    drift: dict[str, float] = Field({})
+    other_clicks: dict[str, int] = Field({})
 
     def clicks_of(self, label: str) -> int:
         """How many rows have the label 1."""
@@ -88,7 +85,7 @@ class SplitRecord(_Frozen):
         return self.missing_rows.get(column, 0) / max(1, self.rows)
 
 
-class TurnoverRecord(_Frozen):
+class TurnoverRecord(Record):
     """How a feature's vocabulary differs from the one that it extends, where values come and go.
 
     Attributes:
@@ -105,7 +102,7 @@ class TurnoverRecord(_Frozen):
     candidates: FileRecord | None = None
 
 
-class SparseRecord(_Frozen):
+class SparseRecord(Record):
     """A sparse feature: the rows of its table, and its vocabulary; None where values are hashed or came as ids.
 
     `turnover` is there where values come and go.  Then the table may have more rows than the vocabulary has values.
@@ -130,21 +127,21 @@ class SparseRecord(_Frozen):
         return tuple(file for file in found if file is not None)
 
 
-class ExtendedRecord(_Frozen):
+class ExtendedRecord(Record):
     """The dataset whose vocabularies another one extends: the checksum of its dataset.json, and its period."""
 
     manifest_sha256: str
     period: int | None
 
 
-class VocabularyOfRecord(_Frozen):
+class VocabularyOfRecord(Record):
     """The dataset whose vocabularies and dense statistics were used, and whether new values got ids behind them."""
 
     manifest_sha256: str
     extended: bool
 
 
-class SourceRecord(_Frozen):
+class SourceRecord(Record):
     """A file of the log; `rows` are its good rows, `extra_columns` what its header names and the schema does not."""
 
     name: str
@@ -153,7 +150,7 @@ class SourceRecord(_Frozen):
     extra_columns: tuple[str, ...] | None = None
 
 
-class BadRowsRecord(_Frozen):
+class BadRowsRecord(Record):
     """The log's bad rows by reason, with the first few positions of each."""
 
     total: int
@@ -167,7 +164,7 @@ class BadRowsRecord(_Frozen):
         return cls(total=bad_rows.total, counts=bad_rows.counts, examples=examples)
 
 
-class Manifest(_Frozen):
+class Manifest(Record):
     """What `dataset.json` holds.  It depends on the log, the schema and the seed alone."""
 
     format: Literal["torchdlrm-dataset"] = "torchdlrm-dataset"

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
-
 from torchdlrm.errors import LogError
 from torchdlrm.features.kinds import KINDS
+from torchdlrm.records import Record
 
 REASONS = {
     "long": "the line is longer than 1 MiB",
@@ -34,10 +33,8 @@ _MAX_VALUE_CHARACTERS = 80
 _LONGEST_NULL = 12  # of texts that may stand for a missing value
 
 
-class BadRow(BaseModel):
+class BadRow(Record):
     """Where a bad row is, and what stands there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str = ""
     line: int

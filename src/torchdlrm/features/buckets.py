@@ -21,8 +21,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+from pydantic import model_serializer, model_validator
 
+from torchdlrm.records import Record
 from torchdlrm.toml import did_you_mean
 
 Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -38,7 +39,7 @@ _FITTED_KEYS = {"quantiles", "boundaries"}
 _SETTINGS = '"log_square", boundaries that ascend ([1.0, 10.0]), or { quantiles = 100 }'
 
 
-class Buckets(BaseModel):
+class Buckets(Record):
     """How a schema makes categories of a column's numbers.
 
     Attributes:
@@ -46,8 +47,6 @@ class Buckets(BaseModel):
         boundaries: those between buckets; None for quantiles that are not fitted.
         quantiles: into how many parts boundaries cut the training rows.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     log_square: bool = False
     boundaries: tuple[int | float, ...] | None = None

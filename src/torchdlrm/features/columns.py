@@ -3,15 +3,17 @@
 Out: the columns that a `torchdlrm.features.schema.FeatureSchema` is made of; docs/preprocessing.md describes every key.
 """
 
+from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import polars as pl
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
 from torchdlrm.features.buckets import Buckets
 from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
 from torchdlrm.features.transforms import TRANSFORMS, VECTOR_TRANSFORMS, TransformName
+from torchdlrm.records import Record
 
 _BUCKET_SUFFIX = "_bucket"
 _WEIGHTS_SUFFIX = "_weights"
@@ -31,10 +33,10 @@ def _as_texts(given: object) -> object:
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
 
 
-class Frozen(BaseModel):
+class Frozen(Record):
     """A part of a schema: no other keys, no guesses at types, no changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(strict=True)
 
 
 class _Column(Frozen):
@@ -65,18 +67,13 @@ class LabelColumn(_Column):
     positive: Annotated[Texts, Field(min_length=1)] | None = None
     negative: Annotated[Texts, Field(min_length=1)] | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.threshold is not None and self.positive is not None:
-            msg = "has threshold and positive; one of them says what a click is"
-            raise ValueError(msg)
+            yield "has threshold and positive; one of them says what a click is"
         if self.negative is not None and self.positive is None:
-            msg = "negative needs positive, the values that are clicks"
-            raise ValueError(msg)
+            yield "negative needs positive, the values that are clicks"
         if both := set(self.positive or ()) & set(self.negative or ()):
-            msg = f"{', '.join(sorted(both))} stands in positive and in negative"
-            raise ValueError(msg)
-        return self
+            yield f"{', '.join(sorted(both))} stands in positive and in negative"
 
 
 class WeightColumn(_Column):
@@ -142,21 +139,17 @@ class DenseColumn(_FeatureColumn):
         is_vector = isinstance(given, dict) and given.get("kind") == "vector"
         return {"transform": "unit", "stored": "float16", **given} if is_vector else given
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.is_multi_valued == (self.size is None):
-            raise ValueError("kind vector and size, how many numbers each cell has, go together")
+            yield "kind vector and size, how many numbers each cell has, go together"
         allowed, other = (VECTOR_TRANSFORMS, "buckets") if self.is_multi_valued else (TRANSFORMS, "stored")
         if self.transform not in allowed or getattr(self, other) is not None:
-            msg = f"kind {self.kind} goes without {other}, and with the transform {' or '.join(allowed)}"
-            raise ValueError(msg)
+            yield f"kind {self.kind} goes without {other}, and with the transform {' or '.join(allowed)}"
         if self.buckets is None:
             given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
             if given:
-                msg = f"{given[0]} is for the sparse feature that `buckets` makes of a dense column, and it has none"
-                raise ValueError(msg)
-        _check_numbering(self)
-        return self
+                yield f"{given[0]} is for the sparse feature that `buckets` makes of a dense column, and it has none"
+        yield from _of_numbering(self)
 
 
 class SparseColumn(_FeatureColumn):
@@ -245,45 +238,33 @@ class SparseColumn(_FeatureColumn):
             return super().dtype
         return pl.List(pl.Struct({"value": self.value_kind.dtype, "weight": pl.Float32}))
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.max_values is not None and self.value_separator is None:
-            msg = "max_values needs value_separator, the text between two values of a cell"
-            raise ValueError(msg)
+            yield "max_values needs value_separator, the text between two values of a cell"
         if self.keep is not None and self.max_values is None:
-            msg = "keep needs max_values, the number of values that are kept"
-            raise ValueError(msg)
+            yield "keep needs max_values, the number of values that are kept"
         if self.weight_separator is not None and self.weight_separator == (self.value_separator or ""):
-            msg = "weight_separator must be another text than value_separator"
-            raise ValueError(msg)
+            yield "weight_separator must be another text than value_separator"
         if self.weight_separator is not None and self.value_separator is None:
-            msg = "weight_separator needs value_separator, the text between two values of a cell"
-            raise ValueError(msg)
+            yield "weight_separator needs value_separator, the text between two values of a cell"
         if self.kind == "float" and self.buckets is None:
-            msg = 'kind float needs buckets, such as "log_square", which make categories of numbers'
-            raise ValueError(msg)
+            yield 'kind float needs buckets, such as "log_square", which make categories of numbers'
         if self.buckets is not None and self.kind not in ("int", "float"):
-            msg = f"buckets are for numbers, kind int or float, and its kind is {self.kind}"
-            raise ValueError(msg)
+            yield f"buckets are for numbers, kind int or float, and its kind is {self.kind}"
         if self.num_embeddings is not None and self.kind != "id":
-            msg = "num_embeddings is for kind id; other kinds have max_embeddings, or hash"
-            raise ValueError(msg)
+            yield "num_embeddings is for kind id; other kinds have max_embeddings, or hash"
         given = [key for key in ("min_count", "max_embeddings", "buckets") if getattr(self, key) is not None]
         if given and self.table is not None:
-            msg = f"{given[0]} is not for a column with table = {self.table!r}, whose ids are that column's"
-            raise ValueError(msg)
+            yield f"{given[0]} is not for a column with table = {self.table!r}, whose ids are that column's"
         given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
         if given and self.kind == "id":
-            msg = f"{given[0]} is not for kind id, whose values are the ids; num_embeddings is the size of the table"
-            raise ValueError(msg)
-        _check_numbering(self)
-        return self
+            yield f"{given[0]} is not for kind id, whose values are the ids; num_embeddings is the size of the table"
+        yield from _of_numbering(self)
 
 
-def _check_numbering(column: DenseColumn | SparseColumn) -> None:
+def _of_numbering(column: DenseColumn | SparseColumn) -> Iterator[str]:
     if column.hash is not None and (column.min_count is not None or column.max_embeddings is not None):
-        msg = "hash goes without min_count and max_embeddings, which are for vocabularies"
-        raise ValueError(msg)
+        yield "hash goes without min_count and max_embeddings, which are for vocabularies"
 
 
 class BucketFeature(SparseColumn):

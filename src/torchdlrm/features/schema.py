@@ -15,12 +15,12 @@ The columns are in the order of the file (in Parquet, and where a header names t
 docs/preprocessing.md describes every key.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from torchdlrm.features.buckets import Buckets
 from torchdlrm.features.columns import (
@@ -36,7 +36,7 @@ from torchdlrm.features.columns import (
     WeightColumn,
     bucket_feature,
 )
-from torchdlrm.toml import did_you_mean, explain
+from torchdlrm.toml import did_you_mean
 
 NUM_CRITEO_DENSE = 13
 NUM_CRITEO_SPARSE = 26
@@ -49,12 +49,9 @@ class SplitRule(Frozen):
     val: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.val + self.test >= 1:
-            msg = f"val and test must leave rows for training, but {self.val} + {self.test} is not below 1"
-            raise ValueError(msg)
-        return self
+            yield f"val and test must leave rows for training, but {self.val} + {self.test} is not below 1"
 
 
 class FeatureSchema(Frozen):
@@ -72,73 +69,72 @@ class FeatureSchema(Frozen):
     # Where it learns several, all of them, the one that it is judged by first.
     run_labels: Annotated[tuple[str, ...], Field(strict=False)] | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.null_values is not None:
-            # Each column has its own from here on: whatever reads cells knows the column alone.
-            object.__setattr__(self, "columns", tuple(map(self._with_null_values, self.columns)))
+    def _contradictions(self) -> Iterator[str]:
         names = [column.name for column in self.columns]
         for i, name in enumerate(names):
             if name in names[:i]:
-                msg = f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; a name is for one column"
-                raise ValueError(msg)
+                yield f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; a name is for one column"
         for column in self.sparse_columns:
             if column.weights_name in names:
-                msg = f"column {names.index(column.weights_name) + 1} has the name of the weights of {column.name}; "
-                msg += "give one of them another"
-                raise ValueError(msg)
+                yield (
+                    f"column {names.index(column.weights_name) + 1} has the name of the weights of {column.name}; "
+                    "give one of them another"
+                )
         for feature in self.sparse:
             if feature.raw_name != feature.name and feature.name in names:
-                msg = f"column {names.index(feature.name) + 1} has the name of the buckets of {feature.raw_name}; "
-                msg += "give one of them another"
-                raise ValueError(msg)
-        self._share_tables()
+                yield (
+                    f"column {names.index(feature.name) + 1} has the name of the buckets of {feature.raw_name}; "
+                    "give one of them another"
+                )
+        yield from self._of_shared_tables()
         if not self.separator.isascii() or self.separator in '\r\n\0"':
-            msg = f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
-            raise ValueError(msg)
+            yield f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
         num_time = sum(isinstance(column, TimeColumn) for column in self.columns)
         if num_time > 1 or (self.split.rule == "time" and num_time == 0):
-            msg = f"{num_time} columns have the role 'time'; a split by time needs one, and no log has more"
-            raise ValueError(msg)
+            yield f"{num_time} columns have the role 'time'; a split by time needs one, and no log has more"
         if sum(isinstance(column, WeightColumn) for column in self.columns) > 1:
-            raise ValueError("at most one column has the role 'weight': a row has one weight")
+            yield "at most one column has the role 'weight': a row has one weight"
         if not self.labels:
-            raise ValueError("at least one column must have the role 'label'")
+            yield "at least one column must have the role 'label'"
         if not self.sparse:
-            raise ValueError("at least one column must have the role 'sparse': a DLRM is built of embedding tables")
-        return self
+            yield "at least one column must have the role 'sparse': a DLRM is built of embedding tables"
 
-    def _share_tables(self) -> None:
-        """See that columns with a `table` can share that one's, and give them the size that it has."""
+    def _of_shared_tables(self) -> Iterator[str]:
+        """Why columns with a `table` cannot share that one's."""
         sparse = {column.name: column for column in self.sparse_columns}
-        changed: dict[str, Column] = {}
         for name, column in sparse.items():
             if column.table is None:
                 continue
             owner, what = sparse.get(column.table), f"column {name}: table = {column.table!r}"
             if owner is None:
-                msg = f"{what}: there is no such sparse column{did_you_mean(column.table, sparse)}"
-                raise ValueError(msg)
+                yield f"{what}: there is no such sparse column{did_you_mean(column.table, sparse)}"
+                continue
             if owner.table is not None:
                 hint = "leave it out" if owner.table == name else f"write table = {owner.table!r}"
-                msg = f"{what}: shares a table itself; {hint}"
-                raise ValueError(msg)
+                yield f"{what}: shares a table itself; {hint}"
             if owner.buckets is not None:
-                msg = f"{what}: has buckets; a table is shared by columns whose values themselves get ids"
-                raise ValueError(msg)
+                yield f"{what}: has buckets; a table is shared by columns whose values themselves get ids"
             for key in ("kind", "hash", "num_embeddings"):
                 ours, theirs = getattr(column, key), getattr(owner, key)
                 if ours not in (theirs, None):
-                    msg = f"{what}: has {key} {theirs}, this one {ours}; values of one table are of one {key}"
-                    raise ValueError(msg)
-            changed[name] = column.model_copy(update={"hash": owner.hash, "num_embeddings": owner.num_embeddings})
-        # Each column has its table's size from here on, too.
-        object.__setattr__(self, "columns", tuple(changed.get(column.name, column) for column in self.columns))
+                    yield f"{what}: has {key} {theirs}, this one {ours}; values of one table are of one {key}"
 
-    def _with_null_values(self, column: Column) -> Column:
-        if column.null_values is not None or isinstance(column, IgnoredColumn):
-            return column
-        return column.model_copy(update={"null_values": self.null_values})
+    @model_validator(mode="after")
+    def _settle(self) -> Self:
+        """Give each column its `null_values`, and the size of a table that it shares: readers know the column alone."""
+        sparse = {column.name: column for column in self.sparse_columns}
+
+        def settled(column: Column) -> Column:
+            changed: dict[str, Any] = {}
+            if self.null_values is not None and column.null_values is None and not isinstance(column, IgnoredColumn):
+                changed["null_values"] = self.null_values
+            if isinstance(column, SparseColumn) and column.table is not None:
+                owner = sparse[column.table]
+                changed |= {"hash": owner.hash, "num_embeddings": owner.num_embeddings}
+            return column.model_copy(update=changed) if changed else column
+
+        object.__setattr__(self, "columns", tuple(map(settled, self.columns)))
+        return self
 
     @property
     def used(self) -> tuple[LabelColumn | DenseColumn | SparseColumn | TimeColumn | WeightColumn, ...]:
@@ -302,9 +298,3 @@ def bucketed_criteo_schema() -> FeatureSchema:
 
 
 PRESETS = {"criteo": criteo_schema, "criteo-bucketed": bucketed_criteo_schema}
-
-
-def problems(error: ValidationError) -> Sequence[str]:
-    """One line for each problem that pydantic found: key, what is wrong, the value."""
-    items = [(".".join(map(str, item["loc"])), explain(item)) for item in error.errors(include_url=False)]
-    return [f"  {key}: {text}" if key else f"  {text}" for key, text in items]

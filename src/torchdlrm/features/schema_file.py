@@ -4,7 +4,6 @@ In: a name or a path.  Out: a `FeatureSchema`.
 """
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from pydantic import ValidationError
 
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.columns import ROLES
-from torchdlrm.features.schema import PRESETS, FeatureSchema, SplitRule, problems
+from torchdlrm.features.schema import PRESETS, FeatureSchema, SplitRule
+from torchdlrm.records import problems
 from torchdlrm.storage.mirror import fetch
 from torchdlrm.storage.places import located
-from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
+from torchdlrm.toml import did_you_mean, explain, is_preset, read_toml, toml_text, toml_value
 
 
 def load_schema(name_or_path: str | Path) -> FeatureSchema:
@@ -35,15 +35,7 @@ def load_schema(name_or_path: str | Path) -> FeatureSchema:
         msg = f"`schema`: {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a file"
         msg += did_you_mean(name_or_path, PRESETS)
         raise SchemaError(msg)
-    try:
-        with path.open("rb") as file:
-            raw = tomllib.load(file)
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror or error}"
-        raise SchemaError(msg) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path}: not a TOML file: {error}"
-        raise SchemaError(msg) from error
+    raw = read_toml(path, SchemaError)
     try:
         schema = FeatureSchema.model_validate(raw)
         found = []

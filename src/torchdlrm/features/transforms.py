@@ -19,6 +19,7 @@ To add a transform, write a class and enter it, and its name, behind the others.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -27,13 +28,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
-    model_validator,
 )
+
+from torchdlrm.records import Record
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _HUGE_EXPONENT = 510
@@ -66,7 +67,7 @@ class Moments:
             self.total_of_squares += _exact_sum(scaled) * Fraction(2) ** (2 * _HUGE_EXPONENT)
 
 
-class DenseTransform(BaseModel, ABC):
+class DenseTransform(Record, ABC):
     """A transform with all its constants.
 
     Attributes:
@@ -160,12 +161,9 @@ class _Logarithm(DenseTransform):
     def inverse(self, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.exp(y) - self.shift
 
-    @model_validator(mode="after")
-    def _has_a_logarithm(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.minimum + self.shift <= 0:
-            msg = "a logarithm needs a minimum above -shift"
-            raise ValueError(msg)
-        return self
+            yield "a logarithm needs a minimum above -shift"
 
 
 class LogPlus3(_Logarithm):

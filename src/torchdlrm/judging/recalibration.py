@@ -9,17 +9,19 @@ N rows, K knots or bins.
 """
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat
 
 from torchdlrm.judged import Judged
 from torchdlrm.judging import RecalibrationMethod
 from torchdlrm.judging.reliability import Bins, reliability, rows_of
 from torchdlrm.metrics import LOSS, METRICS
+from torchdlrm.records import Record
 
 MIN_SEGMENT_CLICKS = 500  # and as many rows without
 # Bins that are pooled, and the most knots that are left, each of a share of the rows and of some clicks.
@@ -30,24 +32,17 @@ _Pair = tuple[FiniteFloat, FiniteFloat]
 _Logits = Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=64)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LogitMap(_Frozen):
+class LogitMap(Record):
     """A rising map of logits: K knots, rising, and the values there; below and above them it has this slope."""
 
     knots: _Logits
     values: _Logits
     slope: Annotated[float, Field(gt=0, le=_STEEPEST)] = 1.0
 
-    @model_validator(mode="after")
-    def _rises(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         run, rise = np.diff(self.knots), np.diff(self.values)
         if run.size != rise.size or not ((rise > 0) & (rise <= _STEEPEST * run)).all():
-            msg = f"knots and values must be as many, and rise, values at most {_STEEPEST:g} times as fast"
-            raise ValueError(msg)
-        return self
+            yield f"knots and values must be as many, and rise, values at most {_STEEPEST:g} times as fast"
 
     @cached_property
     def _arrays(self) -> tuple[NDArray[np.float64], ...]:
@@ -64,7 +59,7 @@ class LogitMap(_Frozen):
         return np.minimum(y[start] + slopes[place] * (logits - x[start]), most[place]).astype(np.float32)
 
 
-class Verdict(_Frozen):
+class Verdict(Record):
     """What a recalibration changes on rows that it was not fitted on: before and after, and ends of an interval."""
 
     rows: str  # which these are, for people
@@ -99,13 +94,13 @@ class Verdict(_Frozen):
         )
 
 
-class Recalibration(_Frozen):
+class Recalibration(Record):
     """How logits become those that a bundle predicts, by which method, and what it is worth."""
 
     method: RecalibrationMethod
     by: str | None = None  # the sparse feature whose frequent values, by their ids, have maps of their own
     map: LogitMap  # of all other rows
-    segments: Annotated[dict[int, LogitMap], Field(max_length=_MAX_SEGMENTS)] = {}
+    segments: dict[int, LogitMap] = Field({}, max_length=_MAX_SEGMENTS)
     verdict: Verdict | None = None
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.errors import BundleError, LiveError
@@ -20,6 +20,7 @@ from torchdlrm.files import remove_folder, sync, write_atomically
 from torchdlrm.folders import wrong_folder
 from torchdlrm.live.record import RECORD_NAME, GateRecord, LogRecord, PeriodRecord, ProgressiveMetrics, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings
+from torchdlrm.records import Record
 from torchdlrm.storage import mirror
 from torchdlrm.storage.lease import held
 from torchdlrm.storage.objects import ChangedError
@@ -34,7 +35,7 @@ _OURS_HALF_WRITTEN = tuple(f".{name}" for name in _OURS)
 _KNOWN = ("*.toml", f"{DAYS_NAME}/*.json")
 
 
-class Draft(BaseModel):
+class Draft(Record):
     """What is known of a period that is not complete.
 
     Attributes:
@@ -49,14 +50,12 @@ class Draft(BaseModel):
         config: of the runs, as TOML; likewise.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     period: int
     base: int | None
     logs: tuple[LogRecord, ...]
     done: tuple[StepName, ...] = ()
     progressive: ProgressiveMetrics | None = None
-    unseen_fraction: dict[str, float] = {}
+    unseen_fraction: dict[str, float] = Field({})
     gate: GateRecord | None = None
     settings: LiveSettings | None = None
     config: str | None = None

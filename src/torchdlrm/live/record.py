@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from torchdlrm.errors import LiveError
-from torchdlrm.features.schema import problems
 from torchdlrm.files import write_atomically
+from torchdlrm.records import Record, problems
 
 RECORD_NAME, TIMES_NAME = "period.json", "times.json"
 StepName = Literal["score", "preprocess", "learn", "export", "check", "publish"]
@@ -21,11 +21,7 @@ StepName = Literal["score", "preprocess", "learn", "export", "check", "publish"]
 T = TypeVar("T")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LogRecord(_Frozen):
+class LogRecord(Record):
     """A file of a period's log: where it was, and what it was."""
 
     path: str
@@ -39,7 +35,7 @@ class LogRecord(_Frozen):
 PeriodMetrics = dict[str, int | float | None]
 
 
-class ProgressiveMetrics(_Frozen):
+class ProgressiveMetrics(Record):
     """How well the previous model predicted a log that it had not seen.
 
     Attributes:
@@ -55,7 +51,7 @@ class ProgressiveMetrics(_Frozen):
     labels: dict[str, PeriodMetrics] = Field({}, exclude_if=lambda labels: not labels)
 
 
-class FeatureRecord(_Frozen):
+class FeatureRecord(Record):
     """A sparse feature after a period.
 
     Attributes:
@@ -75,7 +71,7 @@ class FeatureRecord(_Frozen):
     unseen_fraction: float | None
 
 
-class GateRecord(_Frozen):
+class GateRecord(Record):
     """Whether a candidate was good enough to be published.
 
     Attributes:
@@ -101,7 +97,7 @@ class GateRecord(_Frozen):
     labels: dict[str, PeriodMetrics] = Field({}, exclude_if=lambda labels: not labels)
 
 
-class PeriodRecord(_Frozen):
+class PeriodRecord(Record):
     """What `period.json` holds of a period that is complete.
 
     Attributes:
@@ -149,7 +145,7 @@ class PeriodRecord(_Frozen):
         write_atomically(folder / RECORD_NAME, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
 
-class StepTime(_Frozen):
+class StepTime(Record):
     """What a step took: seconds, of the attempt that completed it; and bytes of what it wrote."""
 
     seconds: float

@@ -4,28 +4,24 @@ In: the file, and what is to be changed in it.  Out: `LiveSettings`.  Reads no t
 before anything else.
 """
 
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.errors import LiveError
 from torchdlrm.features.vocabulary import DEFAULT_MIN_COUNT
 from torchdlrm.judging import RecalibrationMethod
-from torchdlrm.toml import did_you_mean, explain, toml_text
+from torchdlrm.records import Record
+from torchdlrm.toml import did_you_mean, explain, read_toml, toml_text
 
 _Positive = Annotated[int, Field(ge=1)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GateSettings(_Section):
+class GateSettings(Record):
     """When a new model is good enough to be published; it is judged on rows of the new log that it has not learnt.
 
     What is outside a limit by less than two standard errors may be chance, and is no reason to refuse it.
@@ -39,16 +35,13 @@ class GateSettings(_Section):
         description="Refuse a model whose calibration (predictions by clicks) there is surely outside this range.",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> "GateSettings":
+    def _contradictions(self) -> Iterator[str]:
         low, high = self.calibration
         if not 0 <= low < high:
-            msg = f"calibration must be a range from low to high, got {low:g} to {high:g}"
-            raise ValueError(msg)
-        return self
+            yield f"calibration must be a range from low to high, got {low:g} to {high:g}"
 
 
-class ExportSettings(_Section):
+class ExportSettings(Record):
     """How each period's model is exported, as `dlrm export` has it."""
 
     name: str | None = Field(None, description="Name of the model; that of the live model's folder when not given.")
@@ -63,7 +56,7 @@ class ExportSettings(_Section):
     recalibrate_by: str | None = Field(None, description="Do so apart for each frequent value of this column.")
 
 
-class LiveSettings(_Section):
+class LiveSettings(Record):
     """What is done in each period."""
 
     hold_back: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -110,16 +103,7 @@ def changed_settings(path: Path, changes: LiveSettings) -> LiveSettings:
     Raises:
         LiveError: the file cannot be read, or is wrong; every problem in one message.
     """
-    raw: dict[str, Any] = {}
-    try:
-        if path.exists():
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise LiveError(msg) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path}: not a TOML file: {error}"
-        raise LiveError(msg) from error
+    raw = read_toml(path, LiveError) if path.exists() else {}
     try:
         LiveSettings.model_validate(raw)
         return LiveSettings.model_validate(_merged(raw, changes.model_dump(exclude_unset=True)))

@@ -11,10 +11,10 @@ from torchdlrm.config.model import HeadsConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.tables import FeatureTable
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.dlrm import TableOfFeatures
 from torchdlrm.model.dropout import add_dropout
 from torchdlrm.model.heads import HEADS
 from torchdlrm.model.loss import DLRMTrain, LossWeights
+from torchdlrm.model.sparse_arch import TableOfFeatures
 
 
 def feature_collection(tables: Sequence[FeatureTable], *, is_weighted: bool = False) -> EmbeddingBagCollection:

@@ -29,9 +29,9 @@ from torchdlrm.config.model import FeatureConfig
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
 from torchdlrm.model.build import build_model
-from torchdlrm.model.dlrm import SparseArch
 from torchdlrm.model.loss import GivenEmbeddings, logits_of
 from torchdlrm.model.pooling import Pooling
+from torchdlrm.model.sparse_arch import SparseArch
 
 _TRACED_ROWS, _TRIAL_ROWS = 4, 3
 

@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from torchdlrm.config import ModelConfig
@@ -31,6 +30,7 @@ from torchdlrm.errors import ConfigError, TorchDLRMError
 from torchdlrm.features.tables import Feature, Table
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture, ModelShape, Product, built_in
+from torchdlrm.records import Record
 from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
@@ -46,15 +46,13 @@ _INTERACTION_ARGUMENTS = ("num_sparse_features", "embedding_dim")
 _OF_ONE_PROCESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class ModelClassRecord(BaseModel):
+class ModelClassRecord(Record):
     """What identifies a model class.
 
     Attributes:
         name: `FILE:NAME`, the file without its folder.
         sha256: of the file; None where there is none, as for what was typed into an interpreter.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     sha256: str | None

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from torchdlrm.data.splits import SPLIT_NAMES, split_of_folder
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
-from torchdlrm.features.schema import FeatureSchema, SplitRule, problems
+from torchdlrm.features.schema import FeatureSchema, SplitRule
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.find import find_files
 from torchdlrm.logs.formats.arrays import DENSE_NAMES, SPARSE_NAMES, MultiHotFormat, NpyFormat
+from torchdlrm.records import problems
 from torchdlrm.storage.mirror import sizes_of
 from torchdlrm.storage.places import located
 from torchdlrm.storage.reading import open_to_read

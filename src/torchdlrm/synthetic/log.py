@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import problems
 from torchdlrm.files import replacing
 from torchdlrm.progress import ProgressListener
 from torchdlrm.ranks import auc_from_counts
+from torchdlrm.records import problems
 from torchdlrm.synthetic.model import NUM_LOGITS, click_thresholds
 from torchdlrm.synthetic.rows import BLOCK_ROWS, RowGenerator, Rows
 from torchdlrm.synthetic.shop import ShopGenerator

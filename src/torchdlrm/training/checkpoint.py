@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from torchdlrm.errors import RunError, TrainingError
-from torchdlrm.features.schema import problems
 from torchdlrm.files import regular_file
+from torchdlrm.records import problems
 from torchdlrm.storage import mirror
 from torchdlrm.training.checkpoint_reader import read_metadata
 

@@ -19,13 +19,13 @@ from torchdlrm.config import Config, config_toml, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.manifest import MANIFEST_NAME
 from torchdlrm.errors import RunError, UserError
-from torchdlrm.features.schema import problems
 from torchdlrm.files import sha256_of, write_atomically
 from torchdlrm.folders import wrong_folder
 from torchdlrm.metrics import metrics_of_any
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.notebook import notebook_view
+from torchdlrm.records import problems
 from torchdlrm.storage import mirror, places
 from torchdlrm.storage.lease import held
 from torchdlrm.training.changes import Change, changes_between

@@ -18,13 +18,14 @@ from pydantic import ValidationError
 
 from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
 from torchdlrm.features.cells import to_typed_columns
-from torchdlrm.features.schema import PRESETS, FeatureSchema, problems
+from torchdlrm.features.schema import PRESETS, FeatureSchema
 from torchdlrm.logs.find import find_files
 from torchdlrm.logs.proposal.columns import Choice, choose_role
 from torchdlrm.logs.proposal.facts import USUAL_NULLS, Facts
 from torchdlrm.logs.proposal.label import Label, find_label, find_leaks
 from torchdlrm.logs.proposal.sample import Sample, take_sample
 from torchdlrm.logs.proposal.times import Time, about_dates, find_time
+from torchdlrm.records import problems
 from torchdlrm.toml import toml_value
 
 SAMPLE_ROWS = 20_000
