@@ -1,7 +1,6 @@
 """Over gRPC too, clients that mean harm cost the others nothing; longer with TORCHDLRM_ABUSE=20, as over HTTP."""
 
 import contextlib
-import resource
 import socket
 import time
 
@@ -154,12 +153,7 @@ def test_answers_that_are_not_taken_are_kept_for_a_time_and_other_clients_notice
 
 
 def test_connections_of_grpc_leave_http_its_file_descriptors(serve, small_bundle):
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
-    try:
-        running = serve(small_bundle, "--grpc-port", 0, "--log-level", "warning")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    running = serve(small_bundle, "--grpc-port", 0, "--log-level", "warning", max_open_files=256)
     with contextlib.ExitStack() as until_the_end:
         for _ in range(300):
             until_the_end.enter_context(socket.create_connection(address(running), timeout=10))
