@@ -16,7 +16,8 @@ import h11
 
 from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.front.exchange import Exchange, error_bytes
-from torchdlrm.serving.front.reader import RequestReader, Unreadable
+from torchdlrm.serving.front.reader import RequestReader
+from torchdlrm.serving.service.refusals import RefusedRequest
 
 if TYPE_CHECKING:
     from torchdlrm.serving.front.http_server import HttpServer
@@ -185,7 +186,7 @@ class Connection(asyncio.Protocol):
                     break
             else:
                 self._loop.call_soon(self._handle_events)
-        except Unreadable as error:
+        except RefusedRequest as error:
             self._refuse(error.status, error.message)
             if self._exchange is not None:
                 self._exchange.lose()

@@ -15,6 +15,8 @@ from typing import Final, Literal
 
 import h11
 
+from torchdlrm.serving.service.refusals import RefusedRequest
+
 MAX_HEADER_BYTES: Final = 32 << 10
 END: Final = "end"
 Event = h11.Request | bytes | Literal["end"]
@@ -23,16 +25,8 @@ _HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
 _TOO_LONG = f"the headers have more than {MAX_HEADER_BYTES:,} bytes"
 
 
-class Unreadable(Exception):  # noqa: N818 - it is an answer
-    """What came cannot be taken for a request, and nothing behind it can be read; `message` tells the client why."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
-
-
 class RequestReader:
-    """Reads one connection; what follows an `Unreadable` cannot be read."""
+    """Reads one connection; nothing behind what is refused can be read."""
 
     def __init__(self) -> None:
         self._ahead = b""  # has come and was neither parsed nor counted
@@ -55,7 +49,7 @@ class RequestReader:
         """Return a head, then pieces of its body, then `END`; None where more has to come first.
 
         Raises:
-            Unreadable: this is no HTTP, or more of it than is taken.
+            RefusedRequest: this is no HTTP, or more of it than is taken.
         """
         if self._num_left is not None:
             return self._count()
@@ -97,7 +91,8 @@ class RequestReader:
             error.__traceback__ = None  # one of its frames knows it: both would stay until the collector comes
             status = error.error_status_hint
             is_too_long = status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            raise Unreadable(status, _TOO_LONG if is_too_long else f"this is no HTTP/1.1: {error}") from error
+            message = _TOO_LONG if is_too_long else f"this is no HTTP/1.1: {error}"
+            raise RefusedRequest(HTTPStatus(status), message) from error
         return event
 
     def _take_back(self, parser: h11.Connection) -> None:
@@ -116,18 +111,18 @@ class RequestReader:
         """Refuse headers that are too long; h11 does so only where they come in several pieces."""
         may_be = self._num_given > MAX_HEADER_BYTES
         if may_be and num_others + sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADER_BYTES:
-            raise Unreadable(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG)
+            raise RefusedRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG)
 
 
 def _check(request: h11.Request, fields: dict[bytes, bytes]) -> None:
     """Refuse heads that are no business of this server, or that two programs on the way could read differently."""
     if request.method == b"CONNECT":
-        raise Unreadable(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT: this server is no proxy")
+        raise RefusedRequest(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT: this server is no proxy")
     if request.http_version not in {b"1.0", b"1.1"}:
         msg = f"HTTP/{request.http_version.decode()}: this server speaks HTTP/1.1"
-        raise Unreadable(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, msg)
+        raise RefusedRequest(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, msg)
     if not _HOST.fullmatch(fields.get(b"host", b"")):
-        raise Unreadable(HTTPStatus.BAD_REQUEST, "Host: this is no name of a server")
+        raise RefusedRequest(HTTPStatus.BAD_REQUEST, "Host: this is no name of a server")
     if b"transfer-encoding" in fields and (b"content-length" in fields or request.http_version == b"1.0"):
         msg = "Transfer-Encoding: is taken in HTTP/1.1, and without Content-Length"
-        raise Unreadable(HTTPStatus.BAD_REQUEST, msg)
+        raise RefusedRequest(HTTPStatus.BAD_REQUEST, msg)
