@@ -6,7 +6,7 @@ Logits and labels of what is predicted are gathered from all ranks, to compute e
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,23 +25,9 @@ from torchdlrm.training.compute import exact_products
 from torchdlrm.training.processes.process_group import Ranks
 
 
-class Pipeline(Protocol):
-    """What takes steps, or predicts where the model is in eval mode."""
-
-    def progress(self, batches: Iterator[Any]) -> Any:
-        """Take a step on the next batch; what the model's forward gives besides the loss.
-
-        Raises:
-            StopIteration: there is no batch left.
-        """
-
-    def detach(self) -> nn.Module:
-        """The model, with its forward as it was; the next step takes hold of it again."""
-
-
 def build_pipeline(
     model: nn.Module, optimizer: KeyedOptimizer | None, *, ranks: Ranks, dtype: torch.dtype = torch.float32
-) -> Pipeline:
+) -> "Pipeline":
     """Take steps on CPU one after the other where this process holds all tables, else through TorchRec's pipeline.
 
     That exchanges the next batch's ids while this one computes. It does not fetch the next batch's rows of cached
@@ -87,7 +73,11 @@ class PlainSteps:
         self._model, self._optimizer, self._precision = model, optimizer, precision
 
     def progress(self, batches: Iterator[Any]) -> Any:
-        """Take a step on the next batch."""
+        """Take a step on the next batch, or predict in eval mode; what the model gives besides the loss.
+
+        Raises:
+            StopIteration: there is no batch left.
+        """
         batch = next(batches)
         if self._optimizer is not None:
             self._optimizer.zero_grad()
@@ -99,8 +89,11 @@ class PlainSteps:
         return output
 
     def detach(self) -> nn.Module:
-        """The model, which nothing holds."""
+        """The model, with its forward as it was; nothing holds it."""
         return self._model
+
+
+Pipeline: TypeAlias = TrainPipelineSparseDist | PlainSteps
 
 
 class Predictions(NamedTuple):
