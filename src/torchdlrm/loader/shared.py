@@ -207,39 +207,34 @@ def _pauses() -> Iterator[bool]:
             looked_s = time.monotonic()
 
 
+class _Number:
+    """A number in the header of a memory, this many bytes behind its begin."""
+
+    def __init__(self, offset: int) -> None:
+        self._first_byte = FIRST_FREE_BYTE + offset
+
+    def __get__(self, memory: "_Memory", _: type) -> int:
+        number: int
+        (number,) = struct.unpack("=q", os.pread(memory.fd, 8, self._first_byte))
+        return number
+
+    def __set__(self, memory: "_Memory", number: int) -> None:
+        os.pwrite(memory.fd, struct.pack("=q", number), self._first_byte)
+
+
 class _Memory(SharedMemory):
     """The memory of one rank, which that rank alone writes.
 
     Its header is read and written by system calls: they also keep the order of what is written before and after them
     on processors that would change it.
+
+    Attributes:
+        num_decoded: how many of its row groups the rank has decoded.
+        has_stopped: whether no more are coming.
+        position: the place that the rank reads; it is past all before.
     """
 
-    @property
-    def num_decoded(self) -> int:
-        """How many of its row groups the rank has decoded."""
-        return self._read(0)
-
-    @num_decoded.setter
-    def num_decoded(self, number: int) -> None:
-        self._write(number, 0)
-
-    @property
-    def has_stopped(self) -> bool:
-        """Whether no more are coming."""
-        return bool(self._read(8))
-
-    @has_stopped.setter
-    def has_stopped(self, value: bool) -> None:
-        self._write(value, 8)
-
-    @property
-    def position(self) -> int:
-        """The place that the rank reads; it is past all before."""
-        return self._read(16)
-
-    @position.setter
-    def position(self, place: int) -> None:
-        self._write(place, 16)
+    num_decoded, has_stopped, position = _Number(0), _Number(8), _Number(16)
 
     @property
     def is_alive(self) -> bool:
@@ -261,14 +256,6 @@ class _Memory(SharedMemory):
         if self.writable and self.fd >= 0:
             self.position, self.has_stopped = _FINISHED, True
         super().close()
-
-    def _read(self, offset: int) -> int:
-        number: int
-        (number,) = struct.unpack("=q", os.pread(self.fd, 8, FIRST_FREE_BYTE + offset))
-        return number
-
-    def _write(self, number: int, offset: int) -> None:
-        os.pwrite(self.fd, struct.pack("=q", number), FIRST_FREE_BYTE + offset)
 
 
 class _Layout:
