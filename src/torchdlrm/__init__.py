@@ -118,8 +118,7 @@ __all__ = [*_HOME_OF]  # noqa: PLE0604 - strings, all of them
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(f"{__name__}.driverless").stand_in_for_driver()
     try:
         return getattr(import_module(_HOME_OF[name]), name)

@@ -193,11 +193,9 @@ def regular_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not S_ISREG(path.stat().st_mode):
-        msg = f"{path}: not a regular file"
-        raise OSError(msg)
+        raise OSError(f"{path}: not a regular file")
     if not path.resolve().is_relative_to(folder.resolve()):
-        msg = f"{path}: leads out of {folder}"
-        raise OSError(msg)
+        raise OSError(f"{path}: leads out of {folder}")
     return path
 
 

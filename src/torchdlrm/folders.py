@@ -72,8 +72,7 @@ def found_in(path: Path) -> Kind:
     found = "is no folder that a `dlrm` command wrote" if path.is_dir() else "is not a folder"
     names = ", ".join(f"a {kind.name} (with {kind.marker})" for kind in KINDS)
     beside = [other.name for other in path.parent.iterdir() if kind_of(other)] if path.parent.is_dir() else ()
-    msg = f"{path}: {found}; give one of these: {names}{did_you_mean(path.name, beside)}"
-    raise UserError(msg)
+    raise UserError(f"{path}: {found}; give one of these: {names}{did_you_mean(path.name, beside)}")
 
 
 def expect(wanted: KindName, *paths: Path | None) -> None:

@@ -72,8 +72,7 @@ def write_page(path: Path, page: str, argument: str) -> None:
     try:
         write_atomically(path, page)
     except OSError as error:
-        msg = f"`{argument}`: cannot write {path}: {error.strerror}"
-        raise UserError(msg) from error
+        raise UserError(f"`{argument}`: cannot write {path}: {error.strerror}") from error
 
 
 @cache

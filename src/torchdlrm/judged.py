@@ -163,17 +163,14 @@ def standard_error(judged: Judged, influence: Influence) -> float:
 def _check(labels: Labels, logits: Scores, weights: Weights) -> None:
     check_shapes(labels, logits)
     if weights is not None and weights.shape != labels.shape:
-        msg = f"weights: must be as many as labels, got shapes {weights.shape} and {labels.shape}"
-        raise ValueError(msg)
+        raise ValueError(f"weights: must be as many as labels, got shapes {weights.shape} and {labels.shape}")
     for start in range(0, labels.size, _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
         label, weight = labels[block], np.ones(1) if weights is None else weights[block]
         if (wrong := label[(label != 0) & (label != 1)]).size:
-            msg = f"labels: must be 0 or 1, got {wrong[0]}; the order is binary_metrics(labels, logits)"
-            raise ValueError(msg)
+            raise ValueError(f"labels: must be 0 or 1, got {wrong[0]}; the order is binary_metrics(labels, logits)")
         if (wrong := weight[~((weight >= 0) & (weight < math.inf))]).size:
-            msg = f"weights: must be finite and at least 0, got {wrong[0]}"
-            raise ValueError(msg)
+            raise ValueError(f"weights: must be finite and at least 0, got {wrong[0]}")
 
 
 class _Rows(NamedTuple):

@@ -25,11 +25,9 @@ def read_toml(path: Path, error: type[UserError]) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
-        msg = f"{path}: cannot be read: {cause.strerror or cause}"
-        raise error(msg) from cause
+        raise error(f"{path}: cannot be read: {cause.strerror or cause}") from cause
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
-        msg = f"{path}: not a TOML file: {cause}"
-        raise error(msg) from cause
+        raise error(f"{path}: not a TOML file: {cause}") from cause
 
 
 def toml_text(document: Mapping[str, object]) -> str:

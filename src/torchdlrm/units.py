@@ -24,8 +24,7 @@ def _read_size(value: object, read: ValidatorFunctionWrapHandler) -> object:
     with suppress(ValidationError):
         if not isinstance(value, str) or re.fullmatch(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*", value):
             return read(value)
-    msg = f"must be a size above zero such as 80GB, 79GiB or a number of bytes, got {shown(value)}"
-    raise ValueError(msg)
+    raise ValueError(f"must be a size above zero such as 80GB, 79GiB or a number of bytes, got {shown(value)}")
 
 
 # `80GB`, `79.1GiB` or a plain number of bytes, in config files and on the command line.
@@ -45,8 +44,7 @@ def parse_bytes(text: str, argument: str) -> int:
     try:
         return int(TypeAdapter(Size, config=ConfigDict(strict=True)).validate_python(text))
     except ValidationError as error:
-        msg = f"`{argument}`: {explain(error.errors()[0])}"
-        raise ConfigError(msg) from error
+        raise ConfigError(f"`{argument}`: {explain(error.errors()[0])}") from error
 
 
 def show_bytes(size_bytes: float) -> str:

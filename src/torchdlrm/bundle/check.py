@@ -150,24 +150,20 @@ def compare(
         )
         on_rows = f"on {len(labels):,} rows of {split}{f', {name}' * (len(logits[0]) > 1)}"
         if problem := Agreement.of(expected, exact).problem(of_arithmetic("float32"), same_tables=True):
-            msg = (
+            raise BundleError(
                 f"the bundle predicts other than the checkpoint with the same embeddings {on_rows}: {problem}, where "
                 "only the order of additions differs; nothing was left behind. Export again"
             )
-            raise BundleError(msg)
         if problem := agreement.problem(allowed, same_tables=False):
-            msg = f"the bundle predicts other than the checkpoint {on_rows}: {problem}; {_REMEDY}"
-            raise BundleError(msg)
+            raise BundleError(f"the bundle predicts other than the checkpoint {on_rows}: {problem}; {_REMEDY}")
         if problem := Agreement.of(expected, after).problem(of_arithmetic(dense), same_tables=True):
-            msg = f"bfloat16 costs more than it may {on_rows}: {problem}; {_REMEDY}"
-            raise BundleError(msg)
+            raise BundleError(f"bfloat16 costs more than it may {on_rows}: {problem}; {_REMEDY}")
         increase = logloss_increase(labels, before, after, weights)
         if not increase.is_within(allowed.logloss_increase):
-            msg = (
+            raise BundleError(
                 f"the bundle's logloss {on_rows} is {increase.mean:.6f} higher than the "
                 f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; {_REMEDY}"
             )
-            raise BundleError(msg)
         records[name] = record
         agreements.append(agreement)
     first, *others = records

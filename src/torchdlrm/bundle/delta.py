@@ -188,17 +188,14 @@ class Delta:
         manifest = DeltaManifest.read(path)
         path = mirror.fetch(path)
         if not (path / FILES_FOLDER / MANIFEST_NAME).exists():
-            msg = f"{path / FILES_FOLDER / MANIFEST_NAME}: missing; copy the delta again"
-            raise BundleError(msg)
+            raise BundleError(f"{path / FILES_FOLDER / MANIFEST_NAME}: missing; copy the delta again")
         result = BundleManifest.read(path / FILES_FOLDER)
         result.check_names(path / FILES_FOLDER)
         if sha256_of(path / FILES_FOLDER / MANIFEST_NAME) != manifest.result.manifest_sha256:
-            msg = f"{path}: damaged, its {MANIFEST_NAME} is not the result's; copy the delta again"
-            raise BundleError(msg)
+            raise BundleError(f"{path}: damaged, its {MANIFEST_NAME} is not the result's; copy the delta again")
         weights = result.files.get(WEIGHTS_NAME)
         if weights is None or manifest.files.keys() != result.files.keys() - {WEIGHTS_NAME}:
-            msg = f"{path}: damaged, it makes other files than the result has; copy the delta again"
-            raise BundleError(msg)
+            raise BundleError(f"{path}: damaged, it makes other files than the result has; copy the delta again")
         if manifest.weights.result_bytes != weights.size_bytes:
             msg = f"{path}: damaged, its pieces are not the {weights.size_bytes:,} bytes of weights; copy it again"
             raise BundleError(msg)

@@ -86,12 +86,10 @@ def read_values(path: Path, kind: SparseKindName) -> Iterator[tuple[pl.Series, N
                 batch.validate(full=True)
                 rows = typed_values(pl.DataFrame(batch), kind)
                 if rows.schema["id"] != pl.Int32 or rows["id"].null_count():
-                    msg = f"ids are {rows.schema['id']}, or missing"
-                    raise ValueError(msg)
+                    raise ValueError(f"ids are {rows.schema['id']}, or missing")
                 yield rows["value"], rows["id"].to_numpy()
     except UNREADABLE as error:
-        msg = f"{path}: not rows of a vocabulary: {str(error)[:200]}; copy the delta again"
-        raise BundleError(msg) from error
+        raise BundleError(f"{path}: not rows of a vocabulary: {str(error)[:200]}; copy the delta again") from error
 
 
 def rebuild_index(vocabulary: Path, name: str, kind: SparseKindName, path: Path) -> None:
@@ -104,8 +102,7 @@ def rebuild_index(vocabulary: Path, name: str, kind: SparseKindName, path: Path)
         _check(pq.ParquetFile(vocabulary), vocabulary)
         write_index(Vocabulary.read(vocabulary, name, kind), path)
     except UNREADABLE as error:
-        msg = f"{vocabulary}: not a vocabulary: {str(error)[:200]}; copy the delta again"
-        raise BundleError(msg) from error
+        raise BundleError(f"{vocabulary}: not a vocabulary: {str(error)[:200]}; copy the delta again") from error
 
 
 def _read(path: Path) -> pa.Table:

@@ -121,10 +121,9 @@ def changes(delta: Delta) -> Iterator[bytes | ChangedRows]:
                 if changed and (
                     (np.diff(ids) <= 0).any() or ids[-1] >= stop or (num_new and ids[-num_new] != stop - num_new)
                 ):
-                    msg = (
+                    raise BundleError(
                         f"{file.name}: rows of {piece.table} from {start:,} to {stop:,} have not the numbers they must"
                     )
-                    raise BundleError(msg)
                 yield ChangedRows(piece, start, stop, ids, _rows(file, changed, piece.row_bytes))
 
 
@@ -190,6 +189,5 @@ def _rows(file: BinaryIO, num_rows: int, row_bytes: int) -> NDArray[np.uint8]:
 def _read(file: BinaryIO, num_bytes: int) -> NDArray[np.uint8]:
     data = np.empty(num_bytes, np.uint8)
     if file.readinto(data.data) != num_bytes:  # type: ignore[attr-defined]  # of every buffered file
-        msg = f"{file.name}: ends too early; copy it again"
-        raise BundleError(msg)
+        raise BundleError(f"{file.name}: ends too early; copy it again")
     return data

@@ -110,19 +110,17 @@ class SealedJson(Record):
         except (FileNotFoundError, NotADirectoryError) as error:
             raise wrong_folder(folder, cls._kind) from error
         except OSError as error:
-            msg = f"{path}: cannot be read: {error}"
-            raise BundleError(msg) from error
+            raise BundleError(f"{path}: cannot be read: {error}") from error
         except BundleError:
             raise
         except (ValueError, RecursionError) as error:
             raise BundleError(_damaged(path, f"not JSON ({error})")) from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > cls._newest_version:
-            msg = (
+            raise BundleError(
                 f"{path}: format_version is {version}, and this version of torchdlrm reads up to "
                 f"{cls._newest_version}; use the version that wrote it, or export the run again with this one"
             )
-            raise BundleError(msg)
         try:
             manifest = cls.model_validate(content)
         except ValidationError as error:
@@ -156,8 +154,7 @@ class StoredFile(Record):
         except FileNotFoundError:
             size_bytes = None
         except (OSError, ValueError) as error:
-            msg = f"{error}; a {kind} is made of files of its own"
-            raise BundleError(msg) from error
+            raise BundleError(f"{error}; a {kind} is made of files of its own") from error
         if size_bytes != self.size_bytes:
             found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
             msg = f"{folder / name}: {found}, but it was written with {self.size_bytes:,} bytes; copy the {kind} again"

@@ -82,8 +82,7 @@ def _vocabulary(before: Bundle, delta: Delta, column: SparseColumn) -> ServedVoc
     old, new = before.manifest.sparse[name], delta.result.sparse[name]
     index = before.vocabularies[name]
     if (old.vocabulary, old.index) != (new.vocabulary, new.index):
-        msg = f"{delta.path}: {name} has its vocabulary in another file, which is not applied in memory"
-        raise BundleError(msg)
+        raise BundleError(f"{delta.path}: {name} has its vocabulary in another file, which is not applied in memory")
     if new.vocabulary is None or isinstance(index, PlainIds):
         return PlainIds(new.num_embeddings)
     recipe = delta.manifest.files[new.vocabulary]
@@ -101,8 +100,7 @@ def _vocabulary(before: Bundle, delta: Delta, column: SparseColumn) -> ServedVoc
     except BundleError:
         raise
     except ValueError as error:
-        msg = f"{path}: {error}; copy the delta again"
-        raise BundleError(msg) from error
+        raise BundleError(f"{path}: {error}; copy the delta again") from error
 
 
 def _rows(path: Path, column: SparseColumn, num_embeddings: int) -> Iterable[tuple[pl.Series, NDArray[np.int32]]]:

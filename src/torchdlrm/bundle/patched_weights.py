@@ -137,8 +137,7 @@ class PatchedWeights(WeightsLayout):
                 return self._shaped(
                     name, torch.frombuffer(part, dtype=torch.uint8)[start - first : end - first].clone()
                 )
-        msg = f"{self.path}: tensor {name} is a table, or lies across one; the delta is damaged"
-        raise BundleError(msg)
+        raise BundleError(f"{self.path}: tensor {name} is a table, or lies across one; the delta is damaged")
 
     def place(self, name: str) -> TablePlace:
         """Where the rows of a table are.
@@ -147,8 +146,7 @@ class PatchedWeights(WeightsLayout):
             BundleError: the delta has no such table.
         """
         if name not in self._tables:
-            msg = f"{self.path}: {name} is no table of it; the delta is damaged"
-            raise BundleError(msg)
+            raise BundleError(f"{self.path}: {name} is no table of it; the delta is damaged")
         return self._tables[name].place
 
     def numbers(self, names: Sequence[str]) -> RowNumbers:
@@ -189,8 +187,7 @@ class PatchedWeights(WeightsLayout):
             name, row_bytes, count = piece.table, piece.row_bytes, num_changed[piece.table]
             end = position + piece.num_rows * row_bytes
             if name in self._tables or name not in self.shapes or self.span(name) != (position, end):
-                msg = f"{self.path}: {name} is not where its header says; the delta is damaged"
-                raise BundleError(msg)
+                raise BundleError(f"{self.path}: {name} is not where its header says; the delta is damaged")
             position = end
             old = before.place(name) if piece.base_rows else TablePlace(0, 0, 0, row_bytes)
             start += (old.file_start - old.file_start % mmap.PAGESIZE - start) % _LARGE_PAGE_BYTES

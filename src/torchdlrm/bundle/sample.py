@@ -53,29 +53,25 @@ def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFra
         size_bytes = path.stat().st_size
         data = path.read_bytes() if size_bytes <= _MAX_SAMPLE_BYTES else b""
         if hashlib.sha256(data).hexdigest() != sha256:
-            msg = f"{size_bytes:,} bytes that are not those that were written"
-            raise pa.ArrowInvalid(msg)
+            raise pa.ArrowInvalid(f"{size_bytes:,} bytes that are not those that were written")
         file = pq.ParquetFile(io.BytesIO(data))
         about = file.metadata
         groups = range(min(about.num_row_groups, _MAX_SAMPLE_ROWS))
         unpacked_bytes = sum(about.row_group(i).total_byte_size for i in groups)
         if max(about.num_rows, about.num_row_groups) > _MAX_SAMPLE_ROWS or unpacked_bytes > _MAX_SAMPLE_BYTES:
-            msg = f"{about.num_rows:,} rows of {unpacked_bytes:,} bytes"
-            raise pa.ArrowInvalid(msg)
+            raise pa.ArrowInvalid(f"{about.num_rows:,} rows of {unpacked_bytes:,} bytes")
         table = file.read(use_threads=False)
         table.validate(full=True)
         # The names that are known and no metadata: of others that are no text Polars would panic.
         frame = pl.DataFrame(pl.from_arrow(pa.table({name: table.column(name) for name in expected})))
     except UNREADABLE as error:
-        msg = f"{path}: not a sample of rows: {str(error)[:200]}; export the run again"
-        raise BundleError(msg) from error
+        raise BundleError(f"{path}: not a sample of rows: {str(error)[:200]}; export the run again") from error
     if (
         frame.schema != expected
         or frame.height > _MAX_SAMPLE_ROWS
         or frame.select(own).null_count().sum_horizontal().item()
     ):
-        msg = f"{path}: its columns are not those of the schema; export the run again"
-        raise BundleError(msg)
+        raise BundleError(f"{path}: its columns are not those of the schema; export the run again")
     return frame
 
 

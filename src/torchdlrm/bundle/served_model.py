@@ -195,8 +195,7 @@ def _eager_forward(bundle: Bundle, precision: Precision) -> tuple[Forward, Preci
     shapes = {name: shape for name, shape in model.weight_shapes.items() if name not in tables}
     left = bundle.weights.shapes.keys() - model.weight_shapes.keys() - {PADDING_NAME}
     if left:
-        msg = f"{bundle.path}: the model has no {', '.join(sorted(left)[:4])}; is it of another class?"
-        raise BundleError(msg)
+        raise BundleError(f"{bundle.path}: the model has no {', '.join(sorted(left)[:4])}; is it of another class?")
     model.module.load_state_dict({name: _weight(bundle, name, shape) for name, shape in shapes.items()})
 
     if precision.dtype == torch.bfloat16 and not model.prepare_bfloat16():

@@ -187,11 +187,10 @@ class TableLookup:
         if outside.any():
             feature = int(np.argmax(outside))
             wrong = smallest_F[feature] if smallest_F[feature] < 0 else largest_F[feature]
-            msg = (
+            raise DatasetError(
                 f"{self._names[feature]}: id {wrong} is outside its table, which has {self._num_rows[feature]:,} rows "
                 "(ids from 0)"
             )
-            raise DatasetError(msg)
 
     def _verify(self, ids_T: NDArray[np.integer] | list[NDArray[np.int64]]) -> None:
         """Before rows of the file are used first, their blocks are checked; of patched ones those that they replace."""

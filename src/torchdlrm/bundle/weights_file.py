@@ -143,8 +143,7 @@ class WeightsLayout:
         self._start = _LENGTH_BYTES + header_length
         try:
             if header_length > min(len(beginning) - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-                msg = f"its header is {header_length:,} bytes long"
-                raise ValueError(msg)
+                raise ValueError(f"its header is {header_length:,} bytes long")
             self._entries = _parse_header(bytes(beginning[_LENGTH_BYTES : self._start]))
             _check_places(self._entries, self._start, size_bytes)
         except (ValueError, RecursionError) as error:
@@ -172,8 +171,7 @@ class WeightsLayout:
     def _span_of(self, name: str) -> tuple[int, int]:
         """As `span`; raises BundleError where there is no tensor of that name."""
         if name not in self._entries:
-            msg = f"{self.path}: tensor {name} is missing; export the bundle again"
-            raise BundleError(msg)
+            raise BundleError(f"{self.path}: tensor {name} is missing; export the bundle again")
         return self.span(name)
 
     def _shaped(self, name: str, numbers: Tensor) -> Tensor:
@@ -213,8 +211,7 @@ class MappedWeights(WeightsLayout):
     def __init__(self, path: Path) -> None:
         size_bytes = path.stat().st_size
         if size_bytes <= _LENGTH_BYTES:
-            msg = f"{path}: not a safetensors file ({size_bytes} bytes long); export the bundle again"
-            raise BundleError(msg)
+            raise BundleError(f"{path}: not a safetensors file ({size_bytes} bytes long); export the bundle again")
         self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self.file)
         mapped = mmap.mmap(self.file, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -268,8 +265,7 @@ def _check_places(entries: Mapping[str, _Entry], start: int, size_bytes: int) ->
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         first, end = (start + offset for offset in entry.data_offsets)
         if first < behind or end > size_bytes or first % _DTYPES[entry.dtype].itemsize:
-            msg = f"tensor {name} lies across another, outside of the file, or not as its type wants it"
-            raise ValueError(msg)
+            raise ValueError(f"tensor {name} lies across another, outside of the file, or not as its type wants it")
         behind = end
 
 

@@ -58,22 +58,19 @@ def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES, *, overwri
     mirror.settle(path, names[0])
     if os.path.lexists(path) and not (overwrite and is_ours):
         no_one = " and is no folder of a bundle or a delta" if overwrite else ""
-        msg = f"`out`: {path} is there already{no_one}; give another name, or remove it first"
-        raise BundleError(msg)
+        raise BundleError(f"`out`: {path} is there already{no_one}; give another name, or remove it first")
     partial = path.with_name(f".{path.name}.partial")
     try:
         folder = claim_folder(partial, names)
     except OSError as error:
-        msg = f"`out`: cannot write to {path}: {error.strerror}"
-        raise BundleError(msg) from error
+        raise BundleError(f"`out`: cannot write to {path}: {error.strerror}") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(folder), partial.lstat()):
             raise BlockingIOError  # has just been finished by another process, and is its bundle
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(folder)
-        msg = f"`out`: another process is writing {path}; wait for it, or give another name"
-        raise BundleError(msg) from error
+        raise BundleError(f"`out`: another process is writing {path}; wait for it, or give another name") from error
     try:
         clear_folder(folder)  # of what an export that was killed left
         yield partial
@@ -110,11 +107,10 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     """
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        msg = (
+        raise BundleError(
             f"`out`: the bundle needs {show_bytes(needed_bytes)}, and {show_bytes(free_bytes)} are free at {folder}; "
             "free some, give another place, or export with a smaller `precision`"
-        )
-        raise BundleError(msg) from OSError(errno.ENOSPC, "it would be full")
+        ) from OSError(errno.ENOSPC, "it would be full")
 
 
 def write_weights(

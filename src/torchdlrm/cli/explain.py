@@ -48,8 +48,7 @@ def importance(
     expect("dataset", dataset)
     together = {name: names.split(",") for name, _, names in (group.partition("=") for group in groups or ())}
     if unnamed := [group for group in groups or () if "=" not in group]:
-        msg = f"`groups`: {unnamed[0]} has no name; give NAME=COLUMN,COLUMN, as in counts=int_*"
-        raise UserError(msg)
+        raise UserError(f"`groups`: {unnamed[0]} has no name; give NAME=COLUMN,COLUMN, as in counts=int_*")
     announce(f"importance of the features of {source}")
     from torchdlrm.insight.importance import importance as permute
     from torchdlrm.metrics import BEST, LOSS, METRICS
@@ -162,8 +161,7 @@ def _rows_of_json(path: Path) -> list[Any]:
             value, at = json.JSONDecoder().raw_decode(text, at)
             rows += value if isinstance(value, list) else [value]
     except (ValueError, RecursionError) as error:
-        msg = (
+        raise UserError(
             f"{'standard input' if is_stream else path}: {error}; it takes JSON: a row, a list of rows, or a row a line"
-        )
-        raise UserError(msg) from error
+        ) from error
     return rows

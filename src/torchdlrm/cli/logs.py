@@ -64,14 +64,11 @@ def synthesize(
         force: Replace a file that is there; with --days all days that are in the folder.
     """
     if out.is_dir() and days is None:
-        msg = f"--out: {out} is a folder; name a file in it"
-        raise LogError(msg)
+        raise LogError(f"--out: {out} is a folder; name a file in it")
     if out.exists() and not force and days is None:
-        msg = f"--out: {out} is there already; name another file, or give --force to replace it"
-        raise LogError(msg)
+        raise LogError(f"--out: {out} is there already; name another file, or give --force to replace it")
     if companions is not None and not multi_hot:
-        msg = "--companions: is for cells of several values; give --multi-hot too"
-        raise ConfigError(msg)
+        raise ConfigError("--companions: is for cells of several values; give --multi-hot too")
     chosen: dict[Extra, bool] = {"purchase": labels == 2, "content": content, "history": history}
     extras = [name for name, is_chosen in chosen.items() if is_chosen]
     has_schema = multi_hot or bool(extras)
@@ -142,8 +139,7 @@ def download(
     if source is not None:
         place = replace(place, base=source if source.endswith("/") else source + "/")
     if days is not None and place.days is None:
-        msg = f"--days: {log} is one file; leave the option out"
-        raise ConfigError(msg)
+        raise ConfigError(f"--days: {log} is one file; leave the option out")
     wanted = None if days is None or place.days is None else parse_days(days, place.days)
     with progress_bars(f"download {log} from {place.base}") as progress:
         files = run_download(place, out, wanted, at_a_time=at_a_time, progress=progress)
@@ -172,19 +168,16 @@ def schema(
         rows: How many rows to read, about, from the beginning, the middle and the end.
     """
     if rows < 1:
-        msg = f"--rows: must be at least 1, got {rows}"
-        raise UserError(msg)
+        raise UserError(f"--rows: must be at least 1, got {rows}")
     if out is not None and out.exists():
-        msg = f"{out}: exists; choose another --out, or remove it first"
-        raise UserError(msg)
+        raise UserError(f"{out}: exists; choose another --out, or remove it first")
     proposal = propose_schema(log, rows)
     look_at(proposal.warnings)
     if out is not None:
         try:
             out.write_text(proposal.text, encoding="utf-8")
         except OSError as error:
-            msg = f"{out}: cannot be written: {error.strerror}"
-            raise UserError(msg) from error
+            raise UserError(f"{out}: cannot be written: {error.strerror}") from error
         say(f"wrote {out} from {proposal.origin}; read and edit it")
         say_next("dlrm preprocess {} --schema {} --out dataset", log, out)
     if as_json:

@@ -93,8 +93,7 @@ def show_help(*command: str) -> None:
     chain, apps, unknown = app.parse_commands(command)
     if unknown:
         hint = did_you_mean(unknown[0], [name for name in apps[-1] if not name.startswith("-")])
-        msg = f"{' '.join(['dlrm', *chain, unknown[0]])}: there is no such command{hint}"
-        raise ConfigError(msg)
+        raise ConfigError(f"{' '.join(['dlrm', *chain, unknown[0]])}: there is no such command{hint}")
     _describe([*command, "--help"])
     app.help_print(command)
 

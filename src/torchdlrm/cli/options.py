@@ -135,8 +135,7 @@ def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
             raise ConfigError(msg)
         if not equals:
             if not left:
-                msg = f"{token}: needs a value"
-                raise ConfigError(msg)
+                raise ConfigError(f"{token}: needs a value")
             value = left.pop(0)
         overrides[name] = value
     return config, overrides
@@ -150,8 +149,7 @@ def refuse_mistyped(rows: Sequence[Path], command: str) -> None:
     """
     for path in rows:
         if str(path).startswith("--") and not path.exists():
-            msg = f"{path}: there is no such option; dlrm {command} --help shows all options"
-            raise UserError(msg)
+            raise UserError(f"{path}: there is no such option; dlrm {command} --help shows all options")
 
 
 def describe_mistake(error: CycloptsError) -> str:

@@ -217,9 +217,8 @@ def _table_sizes(text: str | None, names: list[str]) -> dict[str, int]:
     sizes = content if isinstance(content, dict) else dict(zip(names, content, strict=False))
     wrong = [name for name, size in sizes.items() if name not in names or not isinstance(size, int) or size < 1]
     if wrong or (isinstance(content, list) and len(content) != len(names)):
-        msg = (
+        raise ConfigError(
             f"--table-sizes: expected a positive whole number for each of the {len(names)} features, got "
             f"{len(content)} numbers{', wrong: ' + ', '.join(wrong) if wrong else ''}"
         )
-        raise ConfigError(msg)
     return sizes

@@ -168,11 +168,9 @@ def _claim(out: Path, log: dict[str, int]) -> None:
         except ValueError:
             found = None
         if found != settings:
-            msg = f"--out: {out} holds a quickstart with other settings ({MARK_NAME}: {found}); {remedy}"
-            raise ConfigError(msg)
+            raise ConfigError(f"--out: {out} holds a quickstart with other settings ({MARK_NAME}: {found}); {remedy}")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        msg = f"--out: {out} is not an empty folder, nor that of an interrupted quickstart; {remedy}"
-        raise ConfigError(msg)
+        raise ConfigError(f"--out: {out} is not an empty folder, nor that of an interrupted quickstart; {remedy}")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, json.dumps(settings) + "\n")

@@ -34,10 +34,9 @@ def report(
     refuse_mistyped(folders, "report")
     name = found_in(folders[0]).name if len(folders) == 1 else "run"
     if split is not None and len(folders) == 1:
-        msg = (
+        raise UserError(
             f"`split`: compares several runs on it; what `dlrm evaluate {folders[0]}` has judged is on the page of one"
         )
-        raise UserError(msg)
     about: dict[str, Any] = {name.split()[0]: str(folders[0])}
     if name == "dataset":
         from torchdlrm.data.dataset import Dataset

@@ -23,8 +23,7 @@ def sweep(*config: Overrides, space: Path, dataset: Path, out: Path, as_json: Js
     """
     path, overrides = split_config(config)
     if path is None:
-        msg = f"CONFIG is missing: name a TOML file, or one of {', '.join(shipped_config_names())}"
-        raise ConfigError(msg)
+        raise ConfigError(f"CONFIG is missing: name a TOML file, or one of {', '.join(shipped_config_names())}")
     settings = load_config(path, overrides)
     expect("dataset", dataset)
     announce(f"sweep {path} over {space} on {dataset}")

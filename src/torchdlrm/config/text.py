@@ -129,14 +129,12 @@ def _read(path: Path) -> dict[str, Any]:
     names = ", ".join(shipped_config_names())
     if path.is_dir():
         what = "folder" if (kind := kind_of(path)) is None else kind.name
-        msg = f"{path}: is a {what}, not a config; name a TOML file, or one of {names}"
-        raise ConfigError(msg)
+        raise ConfigError(f"{path}: is a {what}, not a config; name a TOML file, or one of {names}")
     raw = read_toml(path, ConfigError)
     if not _num_keys(raw):
-        msg = (
+        raise ConfigError(
             f"{path}: sets no key, so it is no config; `dlrm config NAME` prints one to start from, NAME one of {names}"
         )
-        raise ConfigError(msg)
     return raw
 
 

@@ -183,8 +183,7 @@ class Dataset:
         try:
             table = pq.read_table(path, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            msg = f"{path}: cannot be read ({error}); copy or preprocess the dataset again"
-            raise DatasetError(msg) from error
+            raise DatasetError(f"{path}: cannot be read ({error}); copy or preprocess the dataset again") from error
         return table["id"].to_numpy()
 
     def verify(self, progress: ProgressListener = SILENT) -> None:
@@ -201,10 +200,9 @@ class Dataset:
         for record in self.manifest.files:
             found = sha256_of(self.file(record))
             if found != record.sha256:
-                msg = (
+                raise DatasetError(
                     f"{self.path / record.path}: damaged: sha256 is {found}, written was {record.sha256}; copy it again"
                 )
-                raise DatasetError(msg)
             progress.advance(record.size_bytes)
 
     def _check_sizes(self) -> None:
@@ -234,8 +232,7 @@ def rows_of_split(
             try:
                 frame = pl.DataFrame(parquet.read_row_group(group, columns=columns))
             except OSError as error:
-                msg = f"{file.path}: row group {group} is damaged: {error}"
-                raise DatasetError(msg) from error
+                raise DatasetError(f"{file.path}: row group {group} is damaged: {error}") from error
             frame = frame.head(left)
             left -= frame.height
             yield frame

@@ -199,15 +199,13 @@ class Manifest(Record):
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            msg = f"{path}: not JSON ({error}); copy or preprocess the dataset again"
-            raise DatasetError(msg) from error
+            raise DatasetError(f"{path}: not JSON ({error}); copy or preprocess the dataset again") from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if version not in range(_FIRST_VERSION, FORMAT_VERSION + 1):
-            msg = (
+            raise DatasetError(
                 f"{path}: format_version is {version!r}, and this version of torchdlrm reads up to {FORMAT_VERSION}; "
                 "preprocess the log again, or use the version that wrote it"
             )
-            raise DatasetError(msg)
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -98,12 +98,11 @@ def criteo_split(files: Sequence[LogFile], rows_of_files: Sequence[int]) -> Spli
     val_rows = (held_out + 1) // 2
     split = SplitBounds(rule, rows - held_out, val_rows, held_out - val_rows)
     if not (split.train_rows and split.val_rows and split.test_rows):
-        msg = (
+        raise LogError(
             f"the log is too short to split: of {rows:,} good rows, {split.train_rows:,} are for training, "
             f"{split.val_rows:,} for val and {split.test_rows:,} for test; each needs at least 1 "
             f"({2 * _NUM_PARTS} rows in all, without day files)"
         )
-        raise LogError(msg)
     return split
 
 
@@ -126,8 +125,7 @@ def folder_split(files: Sequence[LogFile], rows_of_files: Sequence[int]) -> Spli
             msg = f"{file.path}: lies in no folder named {', '.join(_FOLDERS)}, by which the schema splits the log"
             raise LogError(msg)
         if SPLIT_NAMES.index(name) < place:
-            msg = f"{file.path}: give the files of train first, then those of val and of test"
-            raise LogError(msg)
+            raise LogError(f"{file.path}: give the files of train first, then those of val and of test")
         place = SPLIT_NAMES.index(name)
         rows[name] += num_rows
     return SplitBounds("as the files were split", *rows.values())
@@ -212,11 +210,10 @@ def check_split(rule: SplitRule, rows: Sequence[int]) -> None:
         asked = (True, rule.rule == "criteo" or rule.val > 0, rule.rule == "criteo" or rule.test > 0)
     empty = [name for name, wanted, count in zip(SPLIT_NAMES, asked, rows, strict=True) if wanted and not count]
     if empty:
-        msg = (
+        raise LogError(
             f"the log cannot be split by the rule {rule.rule!r}: of {sum(rows):,} good rows none is left for "
             f"{' and '.join(empty)}; {remedy}"
         )
-        raise LogError(msg)
 
 
 def buckets(positions: npt.NDArray[np.int64], seed: int, num_buckets: int) -> npt.NDArray[np.int64]:

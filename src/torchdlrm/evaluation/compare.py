@@ -106,11 +106,10 @@ def compare(
         if known[0][1:] != known[-1][1:]:
             numbers = known[0][1], known[-1][1]
             what = "{:,} and {:,}".format(*numbers) if len({*numbers}) > 1 else "their labels or weights differ"
-            msg = (
+            raise DatasetError(
                 f"{known[0][0]} and {path} were judged on different rows ({what}), so a difference would say nothing "
                 "about the models; let both predict the same split of the same dataset, or the same log"
             )
-            raise DatasetError(msg)
         if by and first and path in sliced:
             lost[sliced[path]] = slices(rows.judged, first[0].columns, by, first=first[0].judged)
         elif by and not first:
@@ -145,8 +144,7 @@ def named_sources(candidates: Sequence[Source | Named]) -> dict[str, Sequence[So
             mirror.fetch(places.located(pattern.partition("*")[0].rpartition("/")[0]), ())
             sources = [*sorted(glob(str(places.located(pattern))))]  # noqa: PTH207 - the pattern may be absolute
             if has_magic(pattern) and not sources:
-                msg = f"`candidates`: nothing matches {pattern}"
-                raise ConfigError(msg)
+                raise ConfigError(f"`candidates`: nothing matches {pattern}")
         found[name] = sources or [pattern]
     if len(found) < max(2, len(candidates)):
         number = max(map(len, found.values()), default=0)

@@ -95,11 +95,9 @@ def evaluate(
     if out is not None:
         check_name(out, "predictions")
     for name in {*columns} & {*OWN_COLUMNS}:
-        msg = f"`columns`: {name} is what a column of the predictions' own is called"
-        raise UserError(msg)
+        raise UserError(f"`columns`: {name} is what a column of the predictions' own is called")
     if against is not None and by is None:
-        msg = "`against`: compares slices; say with `by` which"
-        raise ConfigError(msg)
+        raise ConfigError("`against`: compares slices; say with `by` which")
     asked = Asked(
         dataset=dataset,
         split=split,

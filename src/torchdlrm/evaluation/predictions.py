@@ -93,13 +93,11 @@ def kind_of_source(source: Path) -> SourceKind:
         return "file"
     if source.suffix and not source.exists():
         beside = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
-        msg = f"{source}: there is no such file{did_you_mean(source.name, beside)}"
-        raise UserError(msg)
+        raise UserError(f"{source}: there is no such file{did_you_mean(source.name, beside)}")
     if (source / SCORES_NAME).is_file():
         return "period"
     if (source / "period.json").is_file():
-        msg = f"{source}: is the first period of a live model: its log was not predicted; give the run in it"
-        raise LiveError(msg)
+        raise LiveError(f"{source}: is the first period of a live model: its log was not predicted; give the run in it")
     kind = kind_of(source)
     if kind is None or kind.name not in {"run", "bundle"}:
         raise wrong_folder(source, "run")
@@ -151,8 +149,7 @@ def predicted_rows(
     kind = kind_of_source(source) if isinstance(source, Path) else "run" if hasattr(source, "checkpoints") else "bundle"
     for name in sorted({name for names in TAKES.values() for name in names} - {*TAKES[kind]}):
         if getattr(asked, name) != getattr(Asked, name):
-            msg = f"`{name}`: is not for a {kind}, which {source} is"
-            raise ConfigError(msg)
+            raise ConfigError(f"`{name}`: is not for a {kind}, which {source} is")
     if isinstance(source, Path) and kind == "period":
         names = pl.scan_parquet(source / SCORES_NAME).collect_schema().names()
         first, *more = names[: names.index(PREDICTION_COLUMN)]  # the labels, and perhaps the weight
@@ -210,8 +207,7 @@ def _rows_of_file(path: Path, name: str, asked: Asked, label: str, weight: str |
     except UserError:
         raise
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        msg = f"{path}: {str(error).splitlines()[0]}"
-        raise UserError(msg) from error
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     return PredictedRows.of(name, judged, raw, {"label": label})
 
 

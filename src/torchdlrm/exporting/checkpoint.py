@@ -46,10 +46,9 @@ class CheckpointModel:
         weights = {table_weight(table.table_key) for table in self.tables}
         if checkpoint.shapes != self._model.weight_shapes:
             wrong = sorted(dict(checkpoint.shapes.items() ^ self._model.weight_shapes.items()))
-            msg = (
+            raise RunError(
                 f"{checkpoint.path}: not a checkpoint of the run's model on this dataset; {', '.join(wrong[:4])} differ"
             )
-            raise RunError(msg)
         dense = {name: checkpoint.tensor(name) for name in checkpoint.shapes if name not in weights}
         self._model.module.load_state_dict(dense)
 

@@ -42,8 +42,7 @@ def require_same(
     try:
         found = BundleManifest.read(out)
     except BundleError as error:
-        msg = f"`out`: {out} is there already; give another name, or remove it first ({error})"
-        raise BundleError(msg) from error
+        raise BundleError(f"`out`: {out} is there already; give another name, or remove it first ({error})") from error
     was = {key: getattr(found, key) for key in about} | {"check_rows": found.check.rows if found.check else 0}
     if may_be_float32 and found.dense_precision == "float32":
         about = {**about, "dense_precision": "float32"}

@@ -31,8 +31,7 @@ def check_recalibration(dataset: Dataset, options: ExportOptions) -> None:
     by, features = options.recalibrate_by, [c.name for c in dataset.schema.sparse if not c.is_multi_valued]
     if by is not None and (options.recalibrate is None or by not in features):
         wrong = "needs `recalibrate`" if options.recalibrate is None else f"{by} is none of {', '.join(features)}"
-        msg = f"`recalibrate_by`: {wrong}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`recalibrate_by`: {wrong}")
     if options.recalibrate is not None and not _held_out(dataset):
         msg = f"`recalibrate`: {dataset.path} has only rows that were learnt from; preprocess it with a val split"
         raise DatasetError(msg)
@@ -66,8 +65,7 @@ def recalibrations_of(
         else:
             found[label] = one
     if not (found or options.recalibrate_if_better):
-        msg = f"`recalibrate`: {'; '.join(reasons)}; export without it"
-        raise BundleError(msg)
+        raise BundleError(f"`recalibrate`: {'; '.join(reasons)}; export without it")
     for why in reasons:
         progress.note(f"not recalibrated: {why}")
     return found

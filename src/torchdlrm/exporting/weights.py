@@ -62,8 +62,7 @@ def import_weights(
     """
     settings, path = config if isinstance(config, Config) else load_config(config), fetch_run(run)
     if list_checkpoints(path / "checkpoints") and not overwrite:
-        msg = f"`run`: {path} has weights already; give another folder, or `overwrite`"
-        raise RunError(msg)
+        raise RunError(f"`run`: {path} has weights already; give another folder, or `overwrite`")
     encoded = (dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)).with_labels(
         settings.train.label_names
     )
@@ -80,8 +79,7 @@ def import_weights(
         with closing(started), closing(Checkpointer(started.checkpoints, built.module, optimizer, ranks)) as saving:
             started.write_plan(built.solution)
             if not saving.save(first, wait=True):
-                msg = f"`run`: the weights could not be written to {path}, see above"
-                raise RunError(msg)
+                raise RunError(f"`run`: the weights could not be written to {path}, see above")
     return started
 
 
@@ -98,8 +96,7 @@ def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) ->
         f"the interaction {config.interaction}": form == "dlrm" and config.interaction != "dot",
     }
     if has := ", ".join(what for what, is_so in unlike.items() if is_so):
-        msg = f"{run.path}: has {has}, which the models of the format {form} do not have"
-        raise RunError(msg)
+        raise RunError(f"{run.path}: has {has}, which the models of the format {form} do not have")
     _, reader = open_checkpoint(run, checkpoint)
     weights = {name: reader.tensor(name) for name in reader.shapes}
     if form == "torchrec":  # the order of tables says which column is which
@@ -134,11 +131,10 @@ def _opened(state_dict: Mapping[str, Any] | str | Path) -> tuple[str, Form, dict
             content = torch.load(where, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(where))
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             why = error.strerror if isinstance(error, OSError) else f"more than tensors, or damaged: {error}"
-            msg = (
+            raise RunError(
                 f"{where}: {' '.join(str(why).split())[:300]}. Give what torch.save has written of tensors alone; "
                 "torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes it of a distributed checkpoint"
-            )
-            raise RunError(msg) from error
+            ) from error
     for found in (content, *content.values()) if isinstance(content, Mapping) else ():
         given = found.items() if isinstance(found, Mapping) else ()
         tensors = {_WRAPPERS.sub("", str(name)): tensor for name, tensor in given if isinstance(tensor, Tensor)}

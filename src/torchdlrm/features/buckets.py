@@ -67,8 +67,7 @@ class Buckets(Record):
         if type(quantiles) is not int or quantiles not in range(2, _MAX_BUCKETS + 1) or about.keys() - _FITTED_KEYS:
             wrong = [*(about.keys() - _FITTED_KEYS), *([given] if isinstance(given, str) else [])]
             hint = did_you_mean(str(wrong[0]), [*sorted(_FITTED_KEYS), LOG_SQUARE]) if wrong else ""
-            msg = f"{given!r} is none of {_SETTINGS}, of 2 to {_MAX_BUCKETS:,}{hint}"
-            raise ValueError(msg)
+            raise ValueError(f"{given!r} is none of {_SETTINGS}, of 2 to {_MAX_BUCKETS:,}{hint}")
         return {"quantiles": quantiles, "boundaries": _checked(boundaries) if boundaries else boundaries}
 
     @model_serializer
@@ -206,12 +205,9 @@ def _log_squares(numbers: Numbers) -> npt.NDArray[np.int64]:
 def _checked(boundaries: object) -> tuple[int | float, ...]:
     numbers: Any = boundaries if isinstance(boundaries, list | tuple) else [None]
     if any(type(x) not in (int, float) or not abs(x) <= sys.float_info.max for x in numbers) or not numbers:
-        msg = f"{boundaries!r} are no boundaries, which are finite numbers of 64 bits, one at least"
-        raise ValueError(msg)
+        raise ValueError(f"{boundaries!r} are no boundaries, which are finite numbers of 64 bits, one at least")
     if len(numbers) >= _MAX_BUCKETS:
-        msg = f"{len(numbers):,} boundaries are too many; there are at most {_MAX_BUCKETS:,} buckets"
-        raise ValueError(msg)
+        raise ValueError(f"{len(numbers):,} boundaries are too many; there are at most {_MAX_BUCKETS:,} buckets")
     if any(not before < after for before, after in pairwise(numbers)):
-        msg = f"boundaries ascend, and {list(numbers)} do not"
-        raise ValueError(msg)
+        raise ValueError(f"boundaries ascend, and {list(numbers)} do not")
     return tuple(numbers)

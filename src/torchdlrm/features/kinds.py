@@ -167,8 +167,7 @@ class _Int(ValueKind):
         if abs(number) <= _EXACT_BELOW:
             return str(int(number))
         # Parsers of JSON make a float of an integer of more than 64 bits.
-        msg = f"the float {number!r} may have been rounded; send an integer of 64 bits"
-        raise ValueError(msg)
+        raise ValueError(f"the float {number!r} may have been rounded; send an integer of 64 bits")
 
     def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
         if numbers.dtype.is_float():

@@ -137,8 +137,7 @@ class ValueIndex:
                 raise DatasetError(msg)
             missing_id, num_home_slots = int(about["missing_id"]), int(about["num_home_slots"])
             if not 0 <= missing_id < num_ids:
-                msg = f"the id of a missing value is {missing_id} of {num_ids}"
-                raise ValueError(msg)
+                raise ValueError(f"the id of a missing value is {missing_id} of {num_ids}")
             passed_over = _read(path)[0]  # in a mapping whose pages do not stay resident
             _check(passed_over, kind, num_ids, num_home_slots)
             longest_bytes = _longest_bytes(passed_over.column("text")) if KINDS[kind].is_text else 0
@@ -271,8 +270,7 @@ def _read(path: Path) -> tuple[pa.RecordBatch, dict[str, str]]:
         with pa.ipc.open_stream(file) as reader:
             schema = reader.schema
             if any(field.type not in _ARROW_TYPES.get(field.name, ()) for field in schema):
-                msg = f"it has the columns {schema.names} of {schema.types}"
-                raise ValueError(msg)
+                raise ValueError(f"it has the columns {schema.names} of {schema.types}")
             batch = reader.read_next_batch()
     return batch, {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
 
@@ -331,8 +329,7 @@ def _check(batch: pa.RecordBatch, kind: SparseKindName, num_ids: int, num_home_s
     if keys.dtype != KINDS[kind].key_type or any(column.null_count for column in batch.columns):
         raise ValueError("its keys are of another type, or missing")
     if not 1 <= num_home_slots <= len(ids) or ids[-1] != UNKNOWN_ID:
-        msg = f"{len(ids)} slots, the last of them taken, or {num_home_slots} to begin at"
-        raise ValueError(msg)
+        raise ValueError(f"{len(ids)} slots, the last of them taken, or {num_home_slots} to begin at")
     run = 0  # of slots without an empty one, which a lookup may have to walk
     for start in range(0, len(ids), _CHECKED_SLOTS):
         part = ids[start : start + _CHECKED_SLOTS]

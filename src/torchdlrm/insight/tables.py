@@ -61,8 +61,7 @@ def nearest(bundle: Bundle, feature: str, value: str, count: int = 10) -> dict[s
     vocabulary = pl.scan_parquet(path).select(pl.col("value").cast(pl.String).fill_null(""), "id")
     found = vocabulary.filter(pl.col("value") == value).collect()["id"]
     if found.is_empty():
-        msg = f"`neighbours`: {shown(value)} has no id in the vocabulary of {feature}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`neighbours`: {shown(value)} has no id in the vocabulary of {feature}")
     row, near, end = next(_blocks(bundle, tables[feature], start=found[0]))[0], list[tuple[float, int]](), 0
     for block in _blocks(bundle, tables[feature]):
         cosines = block @ row / (np.linalg.norm(block, axis=1) * np.linalg.norm(row)).clip(1e-30)

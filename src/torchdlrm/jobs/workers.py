@@ -90,11 +90,10 @@ class Workers:
         """See that each process of the cluster has the files and folders that are at no URL; else ConfigError."""
         for worker, unseen in self.ask_each(_unseen, [*paths]).items():
             if unseen:
-                msg = (
+                raise ConfigError(
                     f"`cluster`: the worker at {worker} does not see {unseen[0]}; give what is read and `out` as URLs "
                     "of a bucket, or let all workers have these folders, under the same paths"
                 )
-                raise ConfigError(msg)
 
     def ask_each(self, function: Callable[..., Any], *arguments: Any) -> Mapping[str, Any]:
         """What a function returns in each process of the cluster."""
@@ -198,8 +197,7 @@ def start_workers(count: int, cluster: str | None) -> Iterator[Workers]:
     with client:
         threads_of_workers = list(client.nthreads().values())
         if not threads_of_workers:
-            msg = f"`cluster`: the scheduler at {cluster} has no workers; start some with: dask worker"
-            raise ConfigError(msg)
+            raise ConfigError(f"`cluster`: the scheduler at {cluster} has no workers; start some with: dask worker")
         # The executor goes first: it cancels what has not begun.
         with client.get_executor(retries=3, pure=False) as executor:
             count = sum(threads_of_workers)

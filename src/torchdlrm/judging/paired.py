@@ -70,8 +70,7 @@ def check_metric(name: str) -> None:
         ConfigError: there is not.
     """
     if name not in METRICS:
-        msg = f"`metric`: must be one of {', '.join(METRICS)}, not {name!r}{did_you_mean(name, METRICS)}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`metric`: must be one of {', '.join(METRICS)}, not {name!r}{did_you_mean(name, METRICS)}")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

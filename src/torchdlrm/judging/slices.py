@@ -204,8 +204,7 @@ def _least_rows(judged: Judged) -> float:
 def _cells(column: pl.Series, num_ranges: int) -> pl.Expr:
     """What the cells of a column are sliced by: themselves, or a range of numbers."""
     if column.dtype.is_nested():
-        msg = f"`by`: {column.name} holds several values in a cell; slice by columns that hold one"
-        raise ConfigError(msg)
+        raise ConfigError(f"`by`: {column.name} holds several values in a cell; slice by columns that hold one")
     cells = pl.col(column.name).fill_nan(None) if column.dtype.is_float() else pl.col(column.name)
     if not column.dtype.is_numeric() or column.n_unique() <= MOST_SLICES:
         return cells

@@ -45,11 +45,10 @@ def choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, fi
         is_file = not isinstance(given, FeatureSchema) and given is not None and not is_preset(given, PRESETS)
         files[SCHEMA_NAME] = Path(str(given)).read_text(encoding="utf-8") if is_file else schema_toml(chosen)
     elif given is not None and chosen != load_schema(path):
-        msg = (
+        raise LiveError(
             f"`schema`: is another than {path}: what was learnt means nothing with it; leave it out, or begin another "
             "live model"
         )
-        raise LiveError(msg)
     return chosen
 
 
@@ -92,8 +91,7 @@ def require_class(model: LiveModel, draft: Draft, config: Config, architecture: 
     learnt = draft.period if "learn" in draft.done else draft.base
     difference = None if learnt is None else _other_class(model, learnt, config, architecture)
     if difference is not None:
-        msg = f"{model.day(learnt or 0) / RUN_NAME}: {difference}"
-        raise LiveError(msg)
+        raise LiveError(f"{model.day(learnt or 0) / RUN_NAME}: {difference}")
 
 
 def _other_class(model: LiveModel, period: int, config: Config, architecture: Architecture) -> str | None:
@@ -125,11 +123,10 @@ def begun_again(
         changed += [("config", f"{name} = {values.get(name)}", old.get(name)) for name in names]
     for name, now, before in changed:
         if READ_BY[name] in draft.done:
-            msg = (
+            raise LiveError(
                 f"`{name}`: is {now}, and was {before} when the step {READ_BY[name]} of period {draft.period} read it, "
                 "which is not complete; give what it was until then, or `restart` to begin the period again"
             )
-            raise LiveError(msg)
     unfinished = next((step for step in STEPS[draft.base is None :] if step not in draft.done), None)
     read_by = {READ_BY[name] for name, _, _ in changed}
     if [log.path for log in logs] != [log.path for log in draft.logs]:

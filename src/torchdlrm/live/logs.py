@@ -42,8 +42,7 @@ def find_log(logs: str | Path | Sequence[str | Path]) -> PeriodLog:
             sha256 = hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]  # of typeshed
         file.check_unchanged()
         if sha256 in records:
-            msg = f"{file.path}: is a copy of {records[sha256].path}; every row of a log counts once"
-            raise LogError(msg)
+            raise LogError(f"{file.path}: is a copy of {records[sha256].path}; every row of a log counts once")
         records[sha256] = LogRecord(path=shown(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256)
     return PeriodLog(files, tuple(records.values()))
 
@@ -82,8 +81,7 @@ def require_readable(log: PeriodLog, schema: FeatureSchema, max_bad_rows: int) -
     for file in log.files:
         num_with_rows += file.format.has_rows(file, file.format.layout(file, schema, max_bad_rows))
     if not num_with_rows:
-        msg = f"{log.files[0].path}: has no row; leave out the log of a period in which nothing happened"
-        raise LogError(msg)
+        raise LogError(f"{log.files[0].path}: has no row; leave out the log of a period in which nothing happened")
 
 
 def learnt_already(logs: Sequence[LogRecord], lineage: Sequence[PeriodRecord]) -> PeriodRecord | None:
@@ -100,11 +98,10 @@ def learnt_already(logs: Sequence[LogRecord], lineage: Sequence[PeriodRecord]) -
     learnt = [log for log in logs if log.sha256 in periods]
     if learnt and len(learnt) < len(logs):
         period, new = periods[learnt[0].sha256].period, ", ".join(log.path for log in logs if log not in learnt)
-        msg = (
+        raise LiveError(
             f"`logs`: {learnt[0].path} was learnt in period {period}, and every row counts once; give the files that "
             f"are new: {new}"
         )
-        raise LiveError(msg)
     return max((periods[log.sha256] for log in learnt), key=lambda record: record.period, default=None)
 
 

@@ -163,13 +163,11 @@ class LiveModel:
         if found is None:
             remedy = remedy if target else f"remove it; then {remedy}"
             what = f"leads to {target}" if target else "is no symbolic link"
-            msg = f"{link}: {what}, and not to a bundle of this live model; {remedy}"
-            raise LiveError(msg)
+            raise LiveError(f"{link}: {what}, and not to a bundle of this live model; {remedy}")
         try:
             BundleManifest.read(self.bundle(int(found[1])))
         except BundleError as error:
-            msg = f"{link}: leads to {target}, which is no sound bundle: {error}; {remedy}"
-            raise LiveError(msg) from error
+            raise LiveError(f"{link}: leads to {target}, which is no sound bundle: {error}; {remedy}") from error
         return int(found[1])
 
     def switch(self, period: int | None) -> None:
@@ -259,8 +257,7 @@ class LiveModel:
             LiveError: something is.
         """
         if self.path.exists() and not self.path.is_dir():
-            msg = f"`live`: {self.path} is a file; give the folder of a live model, or of a new one"
-            raise LiveError(msg)
+            raise LiveError(f"`live`: {self.path} is a file; give the folder of a live model, or of a new one")
         others = [path.name for path in self.path.iterdir()] if self.path.exists() else []
         others = [name for name in others if name not in _OURS and not name.startswith(_OURS_HALF_WRITTEN)]
         if others and not self.exists:
@@ -318,8 +315,7 @@ def rollback(live: str | Path, period: int) -> PeriodRecord:
         records = {record.period: record for record in model.periods}
         if period not in records:
             known = ", ".join(map(str, records)) or "none"
-            msg = f"`period`: {live} has no complete period {period}; it has {known}"
-            raise LiveError(msg)
+            raise LiveError(f"`period`: {live} has no complete period {period}; it has {known}")
         try:
             BundleManifest.read(model.bundle(period))
         except BundleError as error:

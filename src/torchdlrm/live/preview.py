@@ -118,8 +118,7 @@ def preview_advance(
     missing = [name for name, given in (("config", config), ("schema", schema)) if given is None]
     if missing and not model.exists:
         needed = " and ".join(f"`{name}`" for name in missing)
-        msg = f"`live`: there is no live model in {model.path} yet, and the first period needs {needed}"
-        raise LiveError(msg)
+        raise LiveError(f"`live`: there is no live model in {model.path} yet, and the first period needs {needed}")
     files: dict[str, str] = {}
     columns = choose_schema(model, schema, files)
     of_runs, text = choose_config(model, config)
@@ -186,17 +185,15 @@ def _next_period(
             return Draft(period=draft.period, base=base, logs=logs), draft.period, None
         if not is_same(draft.logs, logs):
             names = ", ".join(log.path for log in draft.logs)
-            msg = (
+            raise LiveError(
                 f"`logs`: period {draft.period} was begun with another log and is not complete: give that one again, "
                 f"{names}, or `restart` to remove what was done and begin the period with the new one"
             )
-            raise LiveError(msg)
         if draft.base != base:
-            msg = (
+            raise LiveError(
                 f"`live`: period {draft.period} was begun from period {draft.base}, and the current one is {base} now; "
                 "give `restart` to begin it again from that"
             )
-            raise LiveError(msg)
         return draft, None, None
     period = 1 if newest is None else newest.period + 1
     if newest is not None and restart and is_same(newest.logs, logs) and not newest.published:
@@ -226,11 +223,10 @@ def _require_base(model: LiveModel, draft: Draft) -> None:
         path = model.day(draft.base) / name
         if not path.is_dir():
             kept = [record.period for record in model.periods if (model.day(record.period) / name).is_dir()]
-            msg = (
+            raise LiveError(
                 f"{path}: is not there any more, and the next period is learnt from it (keep_runs says how many are "
                 f"kept); roll back to one of {', '.join(map(str, kept)) or 'none'}, or put it back"
             )
-            raise LiveError(msg)
 
 
 def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveSettings) -> tuple[PeriodRecord, ...]:
@@ -241,11 +237,10 @@ def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveS
             with suppress(FileNotFoundError):
                 if identity_of(located(log.path)).size_bytes == log.size_bytes:
                     continue
-            msg = (
+            raise LiveError(
                 f"{log.path}: is not the log of period {record.period} any more, which replay_periods = "
                 f"{settings.replay_periods} learns from again; put it back, or make replay_periods smaller"
             )
-            raise LiveError(msg)
     return tuple(found)
 
 

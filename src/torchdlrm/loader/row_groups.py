@@ -185,16 +185,14 @@ class RowGroupReader:
             try:
                 file = pq.ParquetFile(mirror.fetch_missing(path), page_checksum_verification=True)
             except (OSError, ValueError) as error:
-                msg = f"{path}: cannot be read: {error}; run dlrm preprocess again"
-                raise DatasetError(msg) from error
+                raise DatasetError(f"{path}: cannot be read: {error}; run dlrm preprocess again") from error
             self._open = (where.file_index, file)
             self._fetch_ahead(self.order(epoch)[index : index + _GROUPS_AHEAD])
         try:
             # One thread: this already runs during the step, which wants the other cores.
             table = self._open[1].read_row_group(where.group_index, use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            msg = f"{path}: row group {where.group_index} is damaged: {error}"
-            raise DatasetError(msg) from error
+            raise DatasetError(f"{path}: row group {where.group_index} is damaged: {error}") from error
         if table.num_rows != where.rows:
             msg = f"{path}: row group {where.group_index} has {table.num_rows:,} rows, and not {where.rows:,} as "
             msg += "dataset.json says; run dlrm preprocess again"
@@ -211,8 +209,7 @@ class RowGroupReader:
             lists = [_one_array(table.column(column.name)) for column in self._dataset.schema.content]
             vectors = [found.flatten().to_numpy().reshape(where.rows, -1) for found in lists]
         except ValueError as error:
-            msg = f"{path}: row group {where.group_index}: {error}; run dlrm preprocess again"
-            raise DatasetError(msg) from error
+            raise DatasetError(f"{path}: row group {where.group_index}: {error}; run dlrm preprocess again") from error
         labels = [numbers(label.name) for label in self._dataset.schema.learnt]
         columns = Columns(
             labels[0] if len(labels) == 1 else np.stack(labels, axis=1),
@@ -226,12 +223,11 @@ class RowGroupReader:
         found = columns.find_outside(self._num_embeddings)
         if found is not None:
             feature, value, row = found
-            msg = (
+            raise DatasetError(
                 f"{path}: row group {where.group_index}, row {row}: {feature} has the id {value}, but its table has "
                 f"{self._num_embeddings[feature]:,} rows (ids from 0, num_embeddings in dataset.json); run dlrm "
                 "preprocess again"
             )
-            raise DatasetError(msg)
         return columns
 
     def _fetch_ahead(self, groups: Sequence[RowGroup]) -> None:

@@ -65,12 +65,10 @@ def parse_days(text: str, num_days: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            msg = f"`days`: expected days such as 0-23 or 0,5,7, got {text!r}"
-            raise ConfigError(msg)
+            raise ConfigError(f"`days`: expected days such as 0-23 or 0,5,7, got {text!r}")
         days += range(int(first), int(last or first) + 1)
     if not days or max(days) >= num_days:
-        msg = f"`days`: days are 0 to {num_days - 1}, got {text!r}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`days`: days are 0 to {num_days - 1}, got {text!r}")
     return sorted(set(days))
 
 
@@ -100,14 +98,12 @@ def download(
         DatasetError: the folder cannot be written.
     """
     if at_a_time < 1:
-        msg = f"`at_a_time`: must be at least 1, got {at_a_time}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`at_a_time`: must be at least 1, got {at_a_time}")
     names = source.file_names(days)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"{out}: cannot be made: {error.strerror}"
-        raise DatasetError(msg) from error
+        raise DatasetError(f"{out}: cannot be made: {error.strerror}") from error
     sums = _fetch_sums(source)
     stop, lock = Event(), Lock()
     progress = progress or SilentProgress()
@@ -158,8 +154,7 @@ def _fetch(
         _check(target, sha256)
         return
     if part.is_symlink() or tag.is_symlink():
-        msg = f"{part}: a link, which no interrupted download leaves; remove it, or give another `out`"
-        raise DatasetError(msg)
+        raise DatasetError(f"{part}: a link, which no interrupted download leaves; remove it, or give another `out`")
     failures = 0
     while True:
         before = _size_of(part)
@@ -172,11 +167,10 @@ def _fetch(
                 raise LogError(msg) from error
             failures = 0 if _size_of(part) > before else failures + 1
             if failures >= attempts:
-                msg = (
+                raise LogError(
                     f"{url}: no byte came in {attempts} attempts ({error}); what has come is kept, and the same "
                     "command resumes it"
-                )
-                raise LogError(msg) from error
+                ) from error
             stop.wait(retry_after_s * 2 ** max(0, failures - 1))
         except OSError as error:
             msg = f"{part}: cannot be written: {error.strerror or error}; what has come is kept"
@@ -211,8 +205,7 @@ def _fetch_rest(url: str, part: Path, tag: Path, advance: Callable[[int], None])
                 file.write(block)
                 advance(len(block))
     if expected is not None and _size_of(part) < expected:
-        msg = f"the connection was closed after {_size_of(part):,} of {expected:,} bytes"
-        raise ConnectionError(msg)
+        raise ConnectionError(f"the connection was closed after {_size_of(part):,} of {expected:,} bytes")
 
 
 def _size_of(path: Path) -> int:
@@ -221,8 +214,7 @@ def _size_of(path: Path) -> int:
 
 def _check(path: Path, sha256: str | None) -> None:
     if sha256 is not None and (found := sha256_of(path)) != sha256:
-        msg = f"{path}: sha256 is {found}, and should be {sha256}; remove the file and fetch it again"
-        raise LogError(msg)
+        raise LogError(f"{path}: sha256 is {found}, and should be {sha256}; remove the file and fetch it again")
 
 
 def _fetch_sums(source: Source) -> dict[str, str]:
@@ -237,7 +229,6 @@ def _fetch_sums(source: Source) -> dict[str, str]:
 
 def _open(url: str, headers: Mapping[str, str]) -> Any:
     if urlsplit(url).scheme not in ("http", "https"):
-        msg = f"`source`: expected an address that starts with http:// or https://, got {url!r}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`source`: expected an address that starts with http:// or https://, got {url!r}")
     request = urllib.request.Request(url, headers={"User-Agent": "torchdlrm", **headers})  # noqa: S310 - as just seen
     return urllib.request.urlopen(request, timeout=_TIMEOUT_S)  # noqa: S310

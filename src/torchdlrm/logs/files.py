@@ -93,19 +93,16 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except ChangedError as error:
-        msg = f"{path}: the file changed while it was read; start again when nothing writes to it"
-        raise LogError(msg) from error
+        raise LogError(f"{path}: the file changed while it was read; start again when nothing writes to it") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        msg = f"{path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
-        raise LogError(msg) from error
+        raise LogError(f"{path}: the gzip stream is damaged or cut off ({error}); fetch the file again") from error
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
         if isinstance(error, FileNotFoundError):
             what = "is not there any more"
         elif error.errno is None:  # as PyArrow reports it
             what = f"the zstd stream is damaged or cut off ({error}); fetch the file again"
-        msg = f"{path}: {what}"
-        raise LogError(msg) from error
+        raise LogError(f"{path}: {what}") from error
 
 
 @contextmanager

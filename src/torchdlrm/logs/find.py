@@ -60,8 +60,7 @@ def find_files(paths: Sequence[Path | LogFile]) -> tuple[LogFile, ...]:
     resolved = [file.path.resolve() for file in files]
     for i, file in enumerate(files):
         if resolved[i] in resolved[:i]:
-            msg = f"{file.path}: given twice; every row of a log counts once"
-            raise LogError(msg)
+            raise LogError(f"{file.path}: given twice; every row of a log counts once")
     if all(file.day is not None for file in files):
         files.sort(key=lambda file: (file.day, file.name))
     return tuple(files)
@@ -75,11 +74,9 @@ def _found(path: Path | LogFile) -> LogFile:
     except FileNotFoundError:
         reason = "is a folder, not a file" if path.is_dir() else "there is no such file"
         quoted = "; a shell makes names of such a pattern where it is not quoted" if set(path.name) & {*"*?["} else ""
-        msg = f"{path}: {reason}; give the files of the log by name{quoted}"
-        raise LogError(msg) from None
+        raise LogError(f"{path}: {reason}; give the files of the log by name{quoted}") from None
     if identity.size_bytes == 0:
-        msg = f"{path}: the file is empty"
-        raise LogError(msg)
+        raise LogError(f"{path}: the file is empty")
     day = _DAY.match(path.name)
     with reading(path), open_to_read(path, identity) as raw:
         log_format, packing, _ = recognise(raw, path)
@@ -105,8 +102,7 @@ def recognise(raw: BinaryIO, path: Path) -> tuple[LogFormat, Packing | None, Bin
                 command = template.format(path=shlex.quote(str(path)) if path.exists() else "FILE")
                 *others, last = [form.name for form in reversed(LOG_FORMATS)]
                 read = f"{', '.join(others)} or {last}"
-                msg = f"{path}: is {kind}; a log is {read}; this makes one: {command}"
-                raise LogError(msg)
+                raise LogError(f"{path}: is {kind}; a log is {read}; this makes one: {command}")
     if packing is not None and not isinstance(log_format, LineFormat):
         msg = f"{path}: is {log_format.name} packed by {packing}, and only text may be packed; unpack it first"
         raise LogError(msg)

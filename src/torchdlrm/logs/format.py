@@ -188,11 +188,10 @@ def found_by_name(
     missing = [log_names[column.name] for column in needed if log_names[column.name] not in names]
     if missing:
         more = f" and {len(names) - _MOST_NAMES_SHOWN:,} more" if len(names) > _MOST_NAMES_SHOWN else ""
-        msg = (
+        raise LogError(
             f"{where}: has no column {', '.join(missing)}, which {reader} reads; its columns are "
             f"{', '.join(names[:_MOST_NAMES_SHOWN])}{more}"
         )
-        raise LogError(msg)
     read = {column.log_name for column in schema.used}
     twice = sorted({name for name in names if name in read and list(names).count(name) > 1})
     if twice:

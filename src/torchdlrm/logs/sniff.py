@@ -64,10 +64,9 @@ def sniff(text: bytes, file: LogFile) -> Cut:
     """
     if text.count(b"\r", 0, _HEAD_BYTES) > _RETURNS_A_LINE * text.count(b"\n", 0, _HEAD_BYTES):
         path = shlex.quote(str(file.path))
-        msg = (
+        raise LogError(
             f"{file.path}: its lines end with a carriage return alone; this makes a log: tr '\\r' '\\n' < {path} > NEW"
         )
-        raise LogError(msg)
     head = text[: text.find(b"\n", _HEAD_BYTES) + 1 or None]
     check_encoding(head, file)
     lines = _lines(head.decode(errors="replace"), quoted_by="".join(SEPARATORS))
@@ -86,11 +85,10 @@ def check_encoding(lines: bytes, file: LogFile) -> None:
         return
     path, convert = shlex.quote(str(file.path)), "iconv -f WINDOWS-1252 -t UTF-8"
     unpack = {None: f"{convert} {path}", "gzip": f"zcat {path} | {convert}", "zstd": f"zstdcat {path} | {convert}"}
-    msg = (
+    raise LogError(
         f"{file.path}, line {wrong[0]}: is not UTF-8, as a log is; where it is Latin-1, this makes a log: "
         f"{unpack[file.packing]} > {path}.utf8"
     )
-    raise LogError(msg)
 
 
 def is_quoted(texts: Iterable[bytes], separator: str) -> bool:
@@ -123,11 +121,10 @@ def check_layout(file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> Non
     found, expected = sniff(head, file), Cut(schema.separator, len(schema.columns), 1.0)
     if found.num_columns < 2:
         return
-    msg = (
+    raise LogError(
         f"{file.path}: looks {found.in_words}, and the schema {schema.name!r} is {expected.in_words}; "
         f"try `dlrm schema {shlex.quote(str(file.path))}`, which proposes a schema"
     )
-    raise LogError(msg)
 
 
 def _lines(text: str, quoted_by: str) -> Sequence[str]:

@@ -125,8 +125,7 @@ class TableFormat(LogFormat):
         try:
             typed, good = to_typed_columns(cells, layout, bad_rows, is_label_optional=is_label_optional)
         except LogError as error:
-            msg = f"{file.path}, {error}"
-            raise LogError(msg) from error
+            raise LogError(f"{file.path}, {error}") from error
         return ParsedChunk.of(typed, good, frame.height, bad_rows)
 
     def has_rows(self, file: LogFile, layout: FeatureSchema) -> bool:

@@ -64,8 +64,7 @@ def build_model(
         model.load_state_dict(drawn.state_dict())
     if dropout:
         if not all(isinstance(getattr(model, name, None), nn.Module) for name in ("dense_arch", "over_arch")):
-            msg = f"train.dropout: {type(model).__name__} has no dense_arch and over_arch to drop units of"
-            raise ConfigError(msg)
+            raise ConfigError(f"train.dropout: {type(model).__name__} has no dense_arch and over_arch to drop units of")
         add_dropout(model, dropout)
     train = DLRMTrain(model, negative_weight, shape.labels, loss_weights)
     train.loss.to(device)

@@ -100,8 +100,7 @@ def logits_of(output: ModelOutput, num_labels: int = 1) -> Tensor:
     """
     logits_BL = output[0] if isinstance(output, tuple) else output
     if logits_BL.dim() != 2 or logits_BL.shape[1] != num_labels:
-        msg = f"`model_class`: its forward must give logits [rows, {num_labels}], got {[*logits_BL.shape]}"
-        raise ConfigError(msg)
+        raise ConfigError(f"`model_class`: its forward must give logits [rows, {num_labels}], got {[*logits_BL.shape]}")
     return logits_BL if num_labels > 1 else logits_BL.squeeze(1)
 
 
@@ -240,8 +239,7 @@ class BatchLoss(nn.Module):
         losses_B: Any = method(model, outputs, labels, weights_B)
         if not isinstance(losses_B, Tensor) or losses_B.shape != weights_B.shape:
             got = [*getattr(losses_B, "shape", [type(losses_B).__name__])]
-            msg = f"`model_class`: its `loss` must give a number of each row [rows], got {got}"
-            raise ConfigError(msg)
+            raise ConfigError(f"`model_class`: its `loss` must give a number of each row [rows], got {got}")
         return losses_B
 
 

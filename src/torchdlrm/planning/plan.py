@@ -84,8 +84,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
     if request.alpha is not None and request.table_bytes is None:
         raise PlanError("`alpha`: says how fast dimensions fall under `table_bytes`; give that too")
     if request.alpha is not None and not 0 <= request.alpha <= 10:
-        msg = f"`alpha`: must be from 0 to 10, got {request.alpha:g}"
-        raise PlanError(msg)
+        raise PlanError(f"`alpha`: must be from 0 to 10, got {request.alpha:g}")
     machine = _machine(request, config)
     dataset = None if request.dataset is None else Dataset.open(request.dataset)
     tables, model = _tables(request, config, dataset), config.model
@@ -129,11 +128,10 @@ def _smaller(problem: Problem, request: PlanRequest) -> Problem:
     max_bytes = parse_bytes(request.table_bytes, "table_bytes")
     found = with_smaller_dims(problem, max_bytes, ALPHA if request.alpha is None else request.alpha)
     if found is None:
-        msg = (
+        raise PlanError(
             f"`table_bytes`: even with dimension 4 the tables take more than {show_bytes(max_bytes)} with state of "
             f"{problem.optimizer.name}; allow more, or fewer rows (`max_embeddings`)"
         )
-        raise PlanError(msg)
     return found
 
 
@@ -150,18 +148,15 @@ def _architecture(request: PlanRequest, config: Config) -> Architecture:
 def _machine(request: PlanRequest, config: Config) -> Machine:
     devices, hosts, sharding = request.num_devices, request.hosts, config.sharding
     if devices < 1:
-        msg = f"`devices`: must be at least 1, got {devices}"
-        raise PlanError(msg)
+        raise PlanError(f"`devices`: must be at least 1, got {devices}")
     if hosts is not None and (hosts < 1 or devices % hosts):
-        msg = f"`hosts`: {devices} devices cannot be spread evenly over {hosts} hosts"
-        raise PlanError(msg)
+        raise PlanError(f"`hosts`: {devices} devices cannot be spread evenly over {hosts} hosts")
     if request.device_name == THIS_MACHINE:
         local_world_size = devices // (hosts or 1)
         try:
             device = rank_device(0, local_world_size, config.train.device)
         except ConfigError as error:
-            msg = f"{error}; or name a machine that need not be here (`device`)"
-            raise PlanError(msg) from error
+            raise PlanError(f"{error}; or name a machine that need not be here (`device`)") from error
         machine = local_machine(sharding, world_size=devices, local_world_size=local_world_size, device=device)
     else:
         machine = device_named(request.device_name).spread(devices, hosts)
@@ -178,8 +173,7 @@ def _with_sizes(machine: Machine, request: PlanRequest) -> Machine:
     given = ((name, getattr(request, name)) for name in _SIZES)
     sizes = {_SIZES[name]: parse_bytes(text, name) for name, text in given if text is not None}
     if "hbm_bytes" in sizes and machine.kind != "cuda":
-        msg = f"`hbm`: {machine.device} has no memory of its own; `host_memory` says what its host has"
-        raise PlanError(msg)
+        raise PlanError(f"`hbm`: {machine.device} has no memory of its own; `host_memory` says what its host has")
     if "host_memory_bytes" in sizes:
         sizes["host_memory_bytes"] //= machine.devices_per_host
     return replace(machine, **sizes)  # type: ignore[arg-type]  # none is a name
@@ -190,11 +184,10 @@ def _tables(request: PlanRequest, config: Config, dataset: Dataset | None) -> li
     dim = config.model.embedding_dim
     given = [name for name in ("dataset", "run", "tables") if getattr(request, name) is not None]
     if len(given) != 1:
-        msg = (
+        raise PlanError(
             f"{' and '.join(f'`{name}`' for name in given) or 'no tables'}: give one of `dataset`, `run` and `tables` "
             f"({', '.join(PRESETS)}, or a CSV or JSON file of rows, dim, pooling_factor)"
         )
-        raise PlanError(msg)
     if dataset is not None:
         features = sparse_features(dataset.schema, dataset.num_embeddings)
         extra = _architecture(request, config).tables(features)
@@ -211,8 +204,7 @@ def _tables(request: PlanRequest, config: Config, dataset: Dataset | None) -> li
         tables = read_tables(path, dim) if is_file else preset_tables(request.tables, dim)
     if request.max_embeddings is not None:
         if request.max_embeddings < 1:
-            msg = f"`max_embeddings`: must be at least 1, got {request.max_embeddings}"
-            raise PlanError(msg)
+            raise PlanError(f"`max_embeddings`: must be at least 1, got {request.max_embeddings}")
         tables = cap_embeddings(tables, request.max_embeddings)
     check_tables(tables, "the model")
     return tables

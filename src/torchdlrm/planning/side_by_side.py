@@ -34,8 +34,7 @@ def _read_axis(axis: str) -> tuple[str, list[int]]:
     name, _, values = axis.partition("=")
     numbers = [int(value) for value in values.split(",") if value.isdecimal()]
     if name not in {"devices", "batch"} or len(numbers) != 1 + values.count(",") or min(numbers) < 1:
-        msg = f"`sweep`: {axis!r}: expected devices=1,2,4,8 or batch=8192,65536 with numbers above zero"
-        raise PlanError(msg)
+        raise PlanError(f"`sweep`: {axis!r}: expected devices=1,2,4,8 or batch=8192,65536 with numbers above zero")
     return name, numbers
 
 
@@ -64,8 +63,7 @@ def compare_plans(paths: Sequence[Path]) -> dict[str, Any]:
         PlanError: there are not two; or a file is no plan, places no tables, or lacks its estimate.
     """
     if len(paths) != 2:
-        msg = f"`compare`: expected two files that dlrm plan --out wrote, got {len(paths)}"
-        raise PlanError(msg)
+        raise PlanError(f"`compare`: expected two files that dlrm plan --out wrote, got {len(paths)}")
     plans = [*map(read_plan, paths)]
     try:
         a, b = (_values(plan) for plan in plans)

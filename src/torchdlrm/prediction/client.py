@@ -33,8 +33,7 @@ class PredictionClient:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            msg = f"`url`: {url!r} is no address of a server; give one such as http://localhost:8080"
-            raise UserError(msg)
+            raise UserError(f"`url`: {url!r} is no address of a server; give one such as http://localhost:8080")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
         self._url, self._path = url, parts.path.rstrip("/") + "/predict"
@@ -62,11 +61,10 @@ class PredictionClient:
         for start in range(0, len(rows), _ROWS_PER_REQUEST):
             answer = self._ask(json.dumps({"rows": rows[start : start + _ROWS_PER_REQUEST]}))
             if answer["version"] != version:
-                msg = (
+                raise UserError(
                     f"`url`: {self._url} serves version {answer['version']} of {answer['model']!r}, and the bundle "
                     f"is version {version}"
                 )
-                raise UserError(msg)
             labels = answer.get("labels")
             found += answer["predictions"] if labels is None else [*zip(*labels.values(), strict=True)]
         return np.array(found)
@@ -85,7 +83,6 @@ class PredictionClient:
             time.sleep(float(response.getheader("Retry-After", "1")))
         if response.status != http.client.OK:
             reason = text.decode(errors="replace")
-            msg = f"`url`: {self._url} answers {response.status} {response.reason}: {reason:.300}"
-            raise UserError(msg)
+            raise UserError(f"`url`: {self._url} answers {response.status} {response.reason}: {reason:.300}")
         answer: dict[str, Any] = json.loads(text)
         return answer

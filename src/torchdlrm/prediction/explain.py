@@ -47,8 +47,7 @@ class LeftOut:
     def __init__(self, rows: Sequence[Row], schema: FeatureSchema, label: str | None = None) -> None:
         labels = [column.name for column in schema.learnt]
         if label is not None and label not in labels:
-            msg = f"`label`: the model predicts {', '.join(labels)}, and no {label!r}"
-            raise RowError(msg)
+            raise RowError(f"`label`: the model predicts {', '.join(labels)}, and no {label!r}")
         self._label, self._by_label = label or labels[0], schema.by_label
         names = RowNames(schema)
         features = {key: column.name for column in schema.features for key in names.keys(column)}

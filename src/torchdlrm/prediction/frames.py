@@ -34,8 +34,7 @@ def frame_or_rows(rows: Any) -> pl.DataFrame | Sequence[Row]:
         hasattr(rows, "to_dict") and getattr(rows, "ndim", 2) == 1  # a row of a pandas frame
     ):
         row = "row" if isinstance(rows, Mapping) else "row.to_dict()"
-        msg = f"this is one row, a {type(rows).__name__}; put it in a list, as in predict([{row}])"
-        raise RowError(msg)
+        raise RowError(f"this is one row, a {type(rows).__name__}; put it in a list, as in predict([{row}])")
     if isinstance(rows, Mapping):
         lists = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in rows.items()}
         lengths = {name: len(values) for name, values in lists.items()}
@@ -47,8 +46,7 @@ def frame_or_rows(rows: Any) -> pl.DataFrame | Sequence[Row]:
         if hasattr(rows, "__arrow_c_stream__"):
             return pl.DataFrame(pa.table(rows))
     except (pa.ArrowException, TypeError, ValueError) as error:
-        msg = f"the frame cannot be read: {error}"
-        raise RowError(msg) from error
+        raise RowError(f"the frame cannot be read: {error}") from error
     if isinstance(rows, Sequence) and not isinstance(rows, str | bytes):
         return rows
     msg = f"rows are a Polars or pandas frame, a dict of lists or a list of dicts, and not a {type(rows).__name__}"
@@ -76,8 +74,7 @@ def _column(frame: pl.DataFrame, column: Feature) -> pl.Series:
     for name in (column.name, column.log_name):
         if name in frame.columns:
             return frame[name].alias(column.name)
-    msg = f"column {column.name!r}: the frame has no such column; it has {', '.join(frame.columns)}"
-    raise RowError(msg)
+    raise RowError(f"column {column.name!r}: the frame has no such column; it has {', '.join(frame.columns)}")
 
 
 def _cells(cells: pl.Series, column: Feature) -> pl.Series:

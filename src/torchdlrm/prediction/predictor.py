@@ -288,11 +288,10 @@ class Predictor:
         allowed = of_arithmetic(self.bundle.manifest.dense_precision).difference
         difference = float(np.abs(found - expected).max(initial=0.0))
         if not difference <= allowed:  # also where it is NaN
-            msg = (
+            raise BundleError(
                 f"{self.bundle.path}: on its own sample of {len(expected)} rows a prediction is off by "
                 f"{difference:.2g}, and {allowed:.2g} is allowed; export the run again"
             )
-            raise BundleError(msg)
 
     def require_undamaged(self) -> None:
         """See that the bundle's files have not been written to since it was opened.

@@ -110,8 +110,7 @@ class RowsIn:
         passthrough = [names.get(name, name) for name in self.passthrough]
         twice = sorted({name for name in passthrough if passthrough.count(name) > 1})
         if twice:
-            msg = f"`columns`: {', '.join(twice)} is given more than once"
-            raise LogError(msg)
+            raise LogError(f"`columns`: {', '.join(twice)} is given more than once")
         object.__setattr__(self, "passthrough", passthrough)
 
     @property
@@ -155,15 +154,13 @@ class RowsIn:
         streams = [path for path in self.paths if path == STANDARD_INPUT or path.is_fifo()]
         if streams and len(self.paths) > 1:
             name = "standard input" if streams[0] == STANDARD_INPUT else "a pipe"
-            msg = f"{streams[0]}: {name} is read alone, not among files"
-            raise LogError(msg)
+            raise LogError(f"{streams[0]}: {name} is read alone, not among files")
         return bool(streams)
 
     def _of_stream(self, handle: int, name: Path) -> Iterator[RowChunk]:
         stream = io.BufferedReader(_Stream(handle, self.is_over))
         if not stream.peek(1):
-            msg = f"{name}: is empty"
-            raise LogError(msg)
+            raise LogError(f"{name}: is empty")
         with reading(name):
             log_format, _, unpacked = recognise(cast("BinaryIO", stream), name)
         yield from self._read(unpacked, LogFile(name, FileIdentity(0, 0), None, log_format))

@@ -48,8 +48,7 @@ def encoded_log(
     names = sorted(sizes_of(source))
     is_folder = bool(names) or source.is_dir()
     if written_as != "parquet" and not is_folder:
-        msg = f"{source}: is not a folder; give the folder that holds the files"
-        raise LogError(msg)
+        raise LogError(f"{source}: is not a folder; give the folder that holds the files")
     if written_as in ("npy", "multi-hot"):
         ending = NpyFormat.ending if written_as == "npy" else MultiHotFormat.ending
         stems = [name.removesuffix(_LABELS) for name in names if name.endswith(_LABELS) and "/" not in name]
@@ -115,8 +114,7 @@ def _read_schema(path: Path) -> pa.Schema:
         with open_to_read(path) as raw:
             return pq.read_schema(raw)
     except (OSError, pa.ArrowException) as error:
-        msg = f"{path}: the Parquet file cannot be read ({error})"
-        raise LogError(msg) from error
+        raise LogError(f"{path}: the Parquet file cannot be read ({error})") from error
 
 
 def _schema_of_parquet(paths: Sequence[Path], label: str | None) -> FeatureSchema:
@@ -124,12 +122,10 @@ def _schema_of_parquet(paths: Sequence[Path], label: str | None) -> FeatureSchem
     first, *others = map(_read_schema, paths)
     for path, other in zip(paths[1:], others, strict=True):
         if other.names != first.names:
-            msg = f"{path}: has other columns than {paths[0]}"
-            raise LogError(msg)
+            raise LogError(f"{path}: has other columns than {paths[0]}")
     label = label or next((name for name in first.names if name.lower() in _LABEL_NAMES), None)
     if label is None or label not in first.names:
-        msg = f"{paths[0]}: no column {label or ' or '.join(_LABEL_NAMES)}; name the label with `label`"
-        raise LogError(msg)
+        raise LogError(f"{paths[0]}: no column {label or ' or '.join(_LABEL_NAMES)}; name the label with `label`")
     dense, sparse, lists = [], [], []
     for field in first:
         is_list = any(is_kind(field.type) for is_kind in (pa.types.is_list, pa.types.is_large_list))
@@ -142,11 +138,10 @@ def _schema_of_parquet(paths: Sequence[Path], label: str | None) -> FeatureSchem
             sparse.append(field.name)
             lists += [field.name] if is_list else []
         else:
-            msg = (
+            raise LogError(
                 f"{paths[0]}, column {field.name}: is {field.type}, neither a float nor an id nor a list of ids; raw "
                 "values are for `dlrm preprocess`"
             )
-            raise LogError(msg)
     try:
         return _schema("imported", label, dense, sparse, lists)
     except ValidationError as error:

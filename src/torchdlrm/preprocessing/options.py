@@ -119,8 +119,7 @@ class Resources:
     def __post_init__(self) -> None:
         """See that there is a worker at least."""
         if self.workers is not None and self.workers < 1:
-            msg = f"`workers`: must be at least 1, got {self.workers}"
-            raise ConfigError(msg)
+            raise ConfigError(f"`workers`: must be at least 1, got {self.workers}")
 
     @property
     def num_workers(self) -> int:

@@ -152,8 +152,7 @@ def _found(
         DatasetError: it is neither, or something else is there.
     """
     if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
-        msg = f"{out}: exists and is no dataset; choose another `out`, or remove it first"
-        raise DatasetError(msg)
+        raise DatasetError(f"{out}: exists and is no dataset; choose another `out`, or remove it first")
     if overwrite:
         return None
     dataset = Dataset.open(out)
@@ -220,10 +219,9 @@ def _period(options: PreprocessOptions, known: Dataset | None) -> Period | None:
     if number is None:
         return None
     if before is not None and number <= before:
-        msg = (
+        raise ConfigError(
             f"`period`: {number} is not after {before}, the period of `vocabulary`; give all logs of a period together"
         )
-        raise ConfigError(msg)
     return Period(number, options.expire_after, options.admit_over)
 
 

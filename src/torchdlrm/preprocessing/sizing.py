@@ -74,11 +74,10 @@ def choose_sizing(
     most_rows = text_bytes // len(schema.columns) + 1
     needed = BASE_BYTES + part_memory_bytes(min(options.part_rows, most_rows), schema)
     if memory_bytes < needed:
-        msg = (
+        raise ConfigError(
             f"`memory_bytes`: {show_bytes(memory_bytes)} is too little: one part of the dataset and the program itself "
             f"take {show_bytes(needed)}"
         )
-        raise ConfigError(msg)
     bytes_a_task = (memory_bytes - BASE_BYTES) // tasks_in_memory
     chunk_bytes = min(_MAX_CHUNK_BYTES, bytes_a_task // _MEMORY_A_TEXT_BYTE)
     chunk_bytes = max(_MIN_CHUNK_BYTES, min(chunk_bytes, text_bytes // (4 * tasks_in_memory)))
@@ -120,8 +119,7 @@ def check_disk(files: Sequence[LogFile], folder: Path) -> None:
     used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free + used
     if free < needed:
-        msg = (
+        raise DatasetError(
             f"{folder}: the disk has {free / 1e9:,.1f} GB free, and the job needs up to {needed / 1e9:,.1f} GB there "
             "while it runs; make room, or choose an `out` on another disk"
-        )
-        raise DatasetError(msg) from OSError(errno.ENOSPC, "it would be full")
+        ) from OSError(errno.ENOSPC, "it would be full")

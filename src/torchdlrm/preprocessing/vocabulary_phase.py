@@ -220,11 +220,10 @@ class VocabularyPhase:
             return rows
         known_rows = self._known_record(column).num_embeddings
         if rows > known_rows and not self.job.options.extend_vocabulary:
-            msg = (
+            raise LogError(
                 f"column {column.name}: has ids for {rows:,} rows, and in {self.job.known.path} its table has "
                 f"{known_rows:,}; give `extend_vocabulary`, with which tables grow"
             )
-            raise LogError(msg)
         return max(rows, known_rows)
 
     def about_period(self) -> dict[str, Any]:

@@ -101,11 +101,10 @@ class ServeOptions:
         if self.name is not None:
             check_model_name(self.name)
         if self.max_queue_rows < self.max_rows_per_request:
-            msg = (
+            raise ConfigError(
                 f"`max_queue_rows` {self.max_queue_rows}: a request may have {self.max_rows_per_request} rows "
                 "(`max_rows_per_request`), which would never fit the queue; raise the one or lower the other"
             )
-            raise ConfigError(msg)
 
     @property
     def num_cores_of_model(self) -> int:

@@ -102,12 +102,10 @@ def table_constraints(problem: Problem, whole: Collection[str] = ()) -> dict[str
     for rule in rules:
         if not any(rule.matches(table.name) for table in tables):
             some = ", ".join(table.name for table in tables[:3])
-            msg = f"sharding.constraints: {rule.text!r}: no table is called so; tables are {some}, ..."
-            raise PlanError(msg)
+            raise PlanError(f"sharding.constraints: {rule.text!r}: no table is called so; tables are {some}, ...")
         if any(rank >= machine.num_devices for rank in rule.ranks):
             last = machine.num_devices - 1
-            msg = f"sharding.constraints: {rule.text!r}: rank {max(rule.ranks)} is not among 0 to {last}"
-            raise PlanError(msg)
+            raise PlanError(f"sharding.constraints: {rule.text!r}: rank {max(rule.ranks)} is not among 0 to {last}")
     kernels, cache = [EmbeddingComputeKernel.FUSED.value], None
     if machine.kind == "cuda" and problem.cache_fraction is not None:
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
@@ -134,17 +132,15 @@ def _pinned(table: Table, rule: Rule) -> tuple[list[str], int]:
     """The kind of a table whose shards have a rank each, and the columns of a shard."""
     wanted = TABLE_WISE if len(rule.ranks) == 1 else COLUMN_WISE
     if rule.kinds and wanted not in rule.kinds:
-        msg = (
+        raise PlanError(
             f"sharding.constraints: {rule.text!r}: on {len(rule.ranks)} given rank(s) a table can only be {wanted}; "
             "leave out the kinds, or the ranks"
         )
-        raise PlanError(msg)
     if table.dim % (4 * len(rule.ranks)):
-        msg = (
+        raise PlanError(
             f"sharding.constraints: {rule.text!r}: the {table.dim} columns of {table.name} cannot be cut into "
             f"{len(rule.ranks)} shards of a multiple of 4"
         )
-        raise PlanError(msg)
     return [wanted], table.dim // len(rule.ranks)
 
 

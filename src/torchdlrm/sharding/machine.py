@@ -92,11 +92,10 @@ class Machine:
         per_host = self.num_devices if self.kind == "cuda" else num_devices
         hosts = num_hosts if num_hosts is not None else max(1, -(-num_devices // per_host))
         if hosts < 1 or num_devices % hosts:
-            msg = (
+            raise PlanError(
                 f"`hosts`: {num_devices} devices cannot be spread evenly over {hosts} hosts ({per_host} a host is "
                 f"usual for {self.device}); give `devices` and `hosts` so that one divides the other"
             )
-            raise PlanError(msg)
         local = num_devices // hosts
         shared = local if self.kind == "cpu" else 1  # processes of a host share its memory and its cores
         return replace(
@@ -120,8 +119,7 @@ class Machine:
         per_host = self.usual_devices_per_host
         hosts = max(1, -(-num_devices // per_host))
         if num_devices % hosts:
-            msg = f"{num_devices} devices cannot be spread evenly over {hosts} hosts of {per_host}"
-            raise PlanError(msg)
+            raise PlanError(f"{num_devices} devices cannot be spread evenly over {hosts} hosts of {per_host}")
         return replace(self, num_devices=num_devices, num_hosts=hosts)
 
     def topology(self) -> Topology:
@@ -217,14 +215,12 @@ def device_named(name: str) -> Machine:
         return DEVICES[name]
     model = name.lower().partition("-")[0]
     if model in _WITHOUT_KERNELS:
-        msg = (
+        raise PlanError(
             f"`device`: {name} has compute capability {_WITHOUT_KERNELS[model]}, and FBGEMM's wheel has kernels "
             f"for 8.0 and above alone; plan for one of {', '.join(DEVICES)}"
         )
-        raise PlanError(msg)
     known = f"known are {', '.join(DEVICES)}, and `hbm` and the like change their rates"
-    msg = f"`device`: unknown device {name!r}; {known}{did_you_mean(name.lower(), DEVICES)}"
-    raise PlanError(msg)
+    raise PlanError(f"`device`: unknown device {name!r}; {known}{did_you_mean(name.lower(), DEVICES)}")
 
 
 def device_of_gpu(gpu_name: str, memory_bytes: int) -> Machine:

@@ -24,11 +24,9 @@ def read_plan(path: Path) -> dict[str, Any]:
     try:
         plan: Any = json.loads(path.read_text(encoding="utf-8"), object_hook=_in_new_names)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"{path}: cannot read the plan: {error}; dlrm plan writes one"
-        raise PlanError(msg) from error
+        raise PlanError(f"{path}: cannot read the plan: {error}; dlrm plan writes one") from error
     if not isinstance(plan, dict) or "tables" not in plan or "format_version" not in plan:
-        msg = f"{path}: not a plan (no tables, no format_version); dlrm plan writes one"
-        raise PlanError(msg)
+        raise PlanError(f"{path}: not a plan (no tables, no format_version); dlrm plan writes one")
     if plan["format_version"] not in {FORMAT_VERSION, _WITH_OLD_NAMES}:
         msg = f"{path}: format_version is {plan['format_version']!r}, this version reads {FORMAT_VERSION}; plan again"
         raise PlanError(msg)

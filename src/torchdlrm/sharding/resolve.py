@@ -52,13 +52,12 @@ def _saved_solution(path: Path, problem: Problem) -> Solution:
     fullest = solution.fullest_rank
     needed_bytes = solution.ranks[fullest].device_bytes
     if needed_bytes > problem.usable_bytes:
-        msg = (
+        raise PlanError(
             f"{path}: the plan does not fit this machine: rank {fullest} would need {show_bytes(needed_bytes)} for its "
             f"tables with {problem.optimizer.name}, and has {show_bytes(problem.usable_bytes)} "
             f"(sharding.reserved_fraction = {problem.reserved_fraction:.4g}); plan again for this "
             "machine and optimizer"
         )
-        raise PlanError(msg)
     return solution
 
 
@@ -72,10 +71,9 @@ def checked(solution: Solution) -> Solution:
         for name, placed in solution.layout.items():
             dim = max(shard.sizes[1] for shard in placed.shards)
             if dim > _MAX_DIM_ON_GPU:
-                msg = (
+                raise PlanError(
                     f"{name} has {dim:,} columns on a rank, and FBGEMM's kernels on GPUs take {_MAX_DIM_ON_GPU:,} at "
                     f"most; cut it (sharding.constraints = {name.removeprefix('t_')}=column_wise) or give it a smaller "
                     "model.embedding_dim"
                 )
-                raise PlanError(msg)
     return solution

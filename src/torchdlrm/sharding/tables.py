@@ -121,8 +121,7 @@ def preset_tables(name: str, dim: int) -> list[Table]:
     """
     if name not in _PRESETS:
         known = "; ".join(f"{preset} ({about})" for preset, (_, _, about) in _PRESETS.items())
-        msg = f"`tables`: there is no preset and no file {name!r}; presets are {known}"
-        raise PlanError(msg)
+        raise PlanError(f"`tables`: there is no preset and no file {name!r}; presets are {known}")
     rows, pooling_factors, _ = _PRESETS[name]
     sizes = enumerate(zip(rows, pooling_factors, strict=True))
     return [Table(table_name(f"cat_{i}"), num_rows, dim, float(pooled)) for i, (num_rows, pooled) in sizes]
@@ -141,8 +140,7 @@ def read_tables(path: Path, dim: int) -> list[Table]:
         text = path.read_text(encoding="utf-8")
         records: Any = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"`tables`: cannot read {path}: {error}; expected CSV with a header, or a JSON list"
-        raise PlanError(msg) from error
+        raise PlanError(f"`tables`: cannot read {path}: {error}; expected CSV with a header, or a JSON list") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         msg = f"`tables`: {path}: expected a list of objects with rows, and optionally name, dim, pooling_factor"
         raise PlanError(msg)

@@ -38,8 +38,7 @@ class SweepSettings(Section):
     @classmethod
     def _is_validated(cls, name: str) -> str:
         if name not in (names := [metric.name for metric in metrics_in("log")]):
-            msg = f"must be one of {', '.join(map(repr, names))}, not {name!r}{did_you_mean(name, names)}"
-            raise ValueError(msg)
+            raise ValueError(f"must be one of {', '.join(map(repr, names))}, not {name!r}{did_you_mean(name, names)}")
         return name
 
 
@@ -61,8 +60,7 @@ def load_space(path: str | Path, config: Config) -> Space:
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"`space`: {path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError(msg) from error
+        raise ConfigError(f"`space`: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     search, values, problems = SweepSettings(), dict[str, Distribution](), list[str]()
     try:
         search = SweepSettings.model_validate(raw.pop("sweep", {}))

@@ -88,8 +88,7 @@ class _Sweep(Callback):
             raise RunError(msg)
         preview_training(space.config, dataset, path / "trials" / "none", world_size=1, local_world_size=1)
         if path.exists() and not (path / "trials").exists() and any(path.iterdir()):
-            msg = f"`out`: {path} is not empty and holds no sweep; give another folder"
-            raise RunError(msg)
+            raise RunError(f"`out`: {path} is not empty and holds no sweep; give another folder")
         for folder in ("trials", "finalists"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         with _held(path / "sweep"):
@@ -130,8 +129,7 @@ class _Sweep(Callback):
         self._share(jobs, lambda name: self._trials[int(name[-3:])].state.is_finished())
         done = [trial for trial in self._trials if trial.state == TrialState.COMPLETE]
         if not done:
-            msg = f"no trial has finished; the last one: {self._trials[-1].user_attrs.get('why')}"
-            raise TrainingError(msg)
+            raise TrainingError(f"no trial has finished; the last one: {self._trials[-1].user_attrs.get('why')}")
         done.sort(key=lambda trial: -sign * trial.values[0])
         recipes = {f"{trial.number:03}": with_params(start, trial.params) for trial in done}
         best, repeated, comparison = next(iter(recipes)), dict[str, list[float]](), None
@@ -228,8 +226,7 @@ class _Sweep(Callback):
         history = train(config, self._dataset, self._path / name, callbacks=callbacks, progress=False)
         values = {} if history is None else dict(history.series("val", self._key))
         if history is None or history.summary.best_step not in values:
-            msg = f"{name}: the {self._key} of the val split is not defined"
-            raise TrainingError(msg)
+            raise TrainingError(f"{name}: the {self._key} of the val split is not defined")
         return values[history.summary.best_step]
 
     def _id(self, number: int) -> int:

@@ -105,8 +105,7 @@ def synthesize(
     for problem in problems:
         raise ConfigError(problem)
     if days is not None and (path.suffix in {".gz", ".tsv", ".txt", ".csv"} or (path.exists() and not path.is_dir())):
-        msg = f"{path}: `days` writes a folder of logs, and this names a file; name a folder"
-        raise LogError(msg)
+        raise LogError(f"{path}: `days` writes a folder of logs, and this names a file; name a folder")
     drift = None if days is None else drift or Drift()
     preset = preset or (f"shop with {' and '.join(extras)}" if extras else "criteo-kaggle")
     given = SyntheticTruth(

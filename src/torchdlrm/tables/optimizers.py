@@ -33,12 +33,11 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
     record = TABLE_OPTIMIZERS[config.name]
     on_cpu = device.type == "cpu"
     if record.momentum == "lamb" and not config.weight_decay and not on_cpu:
-        msg = (
+        raise ConfigError(
             f"table_optimizer.weight_decay: {config.name} needs some on GPUs, got 0: FBGEMM divides by the length of a "
             "row's step, and a row whose first gradient is exactly 0, as that of rows of weight 0, becomes NaN; set it "
             "to 1e-6 or more, or choose table_optimizer.name = adam, or train.device = cpu"
         )
-        raise ConfigError(msg)
     modes = record.decays(on_cpu=on_cpu)
     if config.weight_decay_mode in modes or not (config.weight_decay or config.decays_lazily):
         return
@@ -54,8 +53,7 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
         choices.append(f"another table_optimizer.name ({', '.join(others)})")
     if not on_cpu and config.weight_decay_mode in record.decays_on_cpu:
         choices.append("train.device = cpu")
-    msg = f"table_optimizer.{wrong}; {', or '.join(choices)}"
-    raise ConfigError(msg)
+    raise ConfigError(f"table_optimizer.{wrong}; {', or '.join(choices)}")
 
 
 def check_plain_torchrec(config: TableOptimizerConfig, device: torch.device) -> None:
@@ -67,11 +65,10 @@ def check_plain_torchrec(config: TableOptimizerConfig, device: torch.device) -> 
     check_table_optimizer(config, device)
     is_in_fbgemm = config.record.is_in_fbgemm_on_cpu and not config.weight_decay
     if device.type == "cpu" and (config.decays_lazily or not is_in_fbgemm):
-        msg = (
+        raise ConfigError(
             f"table_optimizer: plain TorchRec has no {config.name} with these settings on CPU to compare with; choose "
             "rowwise_adagrad, adagrad or sgd without weight decay"
         )
-        raise ConfigError(msg)
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:

@@ -117,8 +117,7 @@ class _Unpickler(pickle._Unpickler):
         return found
 
     def persistent_load(self, _: Any) -> Any:
-        msg = "it refers to something outside of itself"
-        raise pickle.UnpicklingError(msg)
+        raise pickle.UnpicklingError("it refers to something outside of itself")
 
 
 def read_metadata(folder: Path) -> dict[str, StoredTensor]:
@@ -140,8 +139,7 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
             if _kind(value) != "BytesStorageMetadata"
         }
     except Exception as error:  # unpickling raises anything at all
-        msg = f"{path}: cannot be read: {_one_line(error)}"
-        raise RunError(msg) from error
+        raise RunError(f"{path}: cannot be read: {_one_line(error)}") from error
 
 
 @lru_cache(maxsize=1)
@@ -162,17 +160,14 @@ def _place(record: Any, folder: Path, files: dict[str, Path]) -> tuple[Path, int
     fields = _state(record, "_StorageInfo")
     name, (start, length) = _text(fields["relative_path"]), _size((fields["offset"], fields["length"]))
     if fields.get("transform_descriptors"):
-        msg = "it is compressed or encrypted, which torchdlrm does not write"
-        raise ValueError(msg)
+        raise ValueError("it is compressed or encrypted, which torchdlrm does not write")
     if not _DATA_NAME.fullmatch(name):
-        msg = f"it names {name!r}, which is no file of a checkpoint"
-        raise ValueError(msg)
+        raise ValueError(f"it names {name!r}, which is no file of a checkpoint")
     if name not in files:
         fetch_missing(folder / name)
         files[name] = regular_file(folder, name)
     if start + length > files[name].stat().st_size:
-        msg = f"bytes {start:,} to {start + length:,} are not in {name}"
-        raise ValueError(msg)
+        raise ValueError(f"bytes {start:,} to {start + length:,} are not in {name}")
     return files[name], start, length
 
 
@@ -185,8 +180,7 @@ def _tensor(name: str, record: Any, places: dict[tuple[str, _Size | None], tuple
     for chunk in (_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]):
         offsets, sizes = _size(chunk["offsets"]), _size(chunk["sizes"])
         if (name, offsets) not in places:
-            msg = f"{name} is not in any file"
-            raise ValueError(msg)
+            raise ValueError(f"{name} is not in any file")
         parts.append(StoredPart(offsets, sizes, *places[name, offsets]))
     are_inside = all(
         len(part.offsets) == len(part.sizes) == len(size)
@@ -195,8 +189,7 @@ def _tensor(name: str, record: Any, places: dict[tuple[str, _Size | None], tuple
     )
     num_held = sum(math.prod(part.sizes) for part in parts)
     if not are_inside or num_held != math.prod(size) or _overlap(parts):
-        msg = f"parts of {[list(part.sizes) for part in parts[:4]]} are not a tensor of {list(size)}"
-        raise ValueError(msg)
+        raise ValueError(f"parts of {[list(part.sizes) for part in parts[:4]]} are not a tensor of {list(size)}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(type(dtype).__name__)
     return StoredTensor(dtype, size, tuple(parts))
@@ -219,8 +212,7 @@ def _overlap(parts: list[StoredPart]) -> bool:
 def _state(record: Any, kind: str) -> dict[str, Any]:
     """The fields of a record of a class."""
     if _kind(record) != kind or not isinstance(record.state, dict):
-        msg = f"{_kind(record)} stands in the place of {kind}"
-        raise TypeError(msg)
+        raise TypeError(f"{_kind(record)} stands in the place of {kind}")
     return record.state
 
 
@@ -231,8 +223,7 @@ def _kind(value: Any) -> str:
 def _size(value: Any) -> _Size:
     numbers = value.args[0] if _kind(value) == "Size" else value
     if not isinstance(numbers, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        msg = f"{shown(numbers)} is not a size"
-        raise TypeError(msg)
+        raise TypeError(f"{shown(numbers)} is not a size")
     return tuple(numbers)
 
 
@@ -274,14 +265,12 @@ class CheckpointReader:
                 continue
             short = name.removeprefix(prefix)
             if tensor.dtype != torch.float32 and not (tensor.dtype == torch.int32 and name.endswith(_LAST_STEPS)):
-                msg = f"{path}: {short} is {tensor.dtype}; weights and state must be float32"
-                raise RunError(msg)
+                raise RunError(f"{path}: {short} is {tensor.dtype}; weights and state must be float32")
             self.shapes[short] = tensor.size
             self._dtypes[short] = np.dtype(str(tensor.dtype).removeprefix("torch."))
             self._parts[short] = [(part, _mapped(short, part, self._dtypes[short])) for part in tensor.parts]
         if not self.shapes:
-            msg = f"{path}: the checkpoint holds no DLRM"
-            raise RunError(msg)
+            raise RunError(f"{path}: the checkpoint holds no DLRM")
 
     def tensor(self, name: str) -> Tensor:
         """All of a tensor, copied."""
@@ -347,19 +336,16 @@ def _first_byte(part: StoredPart, dtype: np.dtype[Any]) -> int:
         described = torch.load(archive, map_location="meta", weights_only=True)  # type: ignore[arg-type]
         is_tensor = isinstance(described, Tensor) and str(described.dtype) == f"torch.{dtype}"
         if not is_tensor or described.shape != part.sizes:
-            msg = f"not {dtype} of {list(part.sizes)}"
-            raise ValueError(msg)
+            raise ValueError(f"not {dtype} of {list(part.sizes)}")
         if data is None or data.compress_type != zipfile.ZIP_STORED:
-            msg = "no data, or compressed data"
-            raise ValueError(msg)
+            raise ValueError("no data, or compressed data")
         archive.seek(data.header_offset)
         header = archive.read(_LOCAL_HEADER_BYTES)
     name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     start = data.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     is_complete = described.is_contiguous() and not described.storage_offset()
     if not is_complete or data.file_size < described.nbytes or not 0 <= start <= part.num_bytes - described.nbytes:
-        msg = "a part of a storage"
-        raise ValueError(msg)
+        raise ValueError("a part of a storage")
     return part.first_byte + start
 
 

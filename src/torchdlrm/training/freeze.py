@@ -85,8 +85,7 @@ def frozen_parts(names: Sequence[str], model: nn.Module, tables: Sequence[Featur
         else:
             known = [_TABLES, _DENSE, *features, *modules]
             hint = did_you_mean(name, known) or f"; there are {', '.join(known[:6])}, ..."
-            msg = f"train.freeze: {name!r} is no feature and no module of the model{hint}"
-            raise ConfigError(msg)
+            raise ConfigError(f"train.freeze: {name!r} is no feature and no module of the model{hint}")
     # Those that hold the tables are in training mode as long as any table learns.
     frozen = FrozenParts(
         frozenset(frozen_tables),
@@ -94,8 +93,7 @@ def frozen_parts(names: Sequence[str], model: nn.Module, tables: Sequence[Featur
         frozenset(name for name in parameters if _is_covered(name, prefixes)),
     )
     if names and frozen.tables == {table.name for table in tables} and len(frozen.parameters) == len(parameters):
-        msg = f"train.freeze: {', '.join(names)}: nothing is left to learn; leave one out"
-        raise ConfigError(msg)
+        raise ConfigError(f"train.freeze: {', '.join(names)}: nothing is left to learn; leave one out")
     return frozen
 
 

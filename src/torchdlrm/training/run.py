@@ -97,8 +97,7 @@ class Run:
             (self.path / LOCK_NAME).write_text(" ".join(launchers), encoding="utf-8")
         except OSError as error:
             self.close()
-            msg = f"`run`: cannot write to {self.path}: {error.strerror}"
-            raise RunError(msg) from error
+            raise RunError(f"`run`: cannot write to {self.path}: {error.strerror}") from error
         except UserError:
             self.close()
             raise
@@ -154,11 +153,10 @@ class Run:
             why = error.strerror or str(error)
         except ValidationError as error:
             why = "; ".join(["damaged", *(line.strip() for line in problems(error))])
-        msg = (
+        raise RunError(
             f"{path}: {why}. It says which dataset the run belongs to: put it back from a copy, or from another run on "
             "the same dataset"
         )
-        raise RunError(msg)
 
     @property
     def is_in_use(self) -> bool:
@@ -204,8 +202,7 @@ class Run:
         """
         difference = difference_from(self.model_class, architecture, "run")
         if difference is not None:
-            msg = f"{self.path}: {difference}"
-            raise RunError(msg)
+            raise RunError(f"{self.path}: {difference}")
 
     def record_init_table(self, name: str, file: str, num_known: int, num_unknown: int) -> None:
         """Record what a table has begun with: a file, how many values have a vector in it, and how many have none."""
@@ -233,8 +230,7 @@ class Run:
         """
         if not self.exists:
             if self.path.exists() and not (self.path.is_dir() and all(map(_is_of_a_start, self.path.iterdir()))):
-                msg = f"`run`: {self.path} is not empty and holds no run; give another folder"
-                raise RunError(msg)
+                raise RunError(f"`run`: {self.path} is not empty and holds no run; give another folder")
             return []
         changes = changes_between(load_config(self.path / CONFIG_NAME, is_of_run=True), self.config)
         fatal = [f"{change}; the saved state means something else with it" for change in changes if change.is_fatal]
@@ -278,11 +274,10 @@ class Run:
         if not isinstance(dataset, Dataset):
             dataset = Dataset.open(dataset or place)
         if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
-            msg = (
+            raise RunError(
                 f"{dataset.path}: not the dataset that {self.path} was trained on (its dataset.json differs), so the "
                 "ids do not mean the same; say with `dataset` where that one is"
             )
-            raise RunError(msg)
         return dataset.with_labels(self.config.train.label_names)
 
     def take_place(self, dataset: Dataset) -> None:
@@ -316,8 +311,7 @@ class Run:
             try:
                 results[path.stem] = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
             except (OSError, ValidationError) as error:
-                msg = f"{path}: damaged; remove it, and let dlrm evaluate write it again"
-                raise RunError(msg) from error
+                raise RunError(f"{path}: damaged; remove it, and let dlrm evaluate write it again") from error
         return results
 
     def _repr_html_(self) -> str:

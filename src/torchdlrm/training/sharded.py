@@ -98,11 +98,10 @@ def check_freeze(config: Config, shape: ModelShape, device: torch.device) -> Non
         model = build_model(shape, torch.device("meta")).model
         frozen = frozen_parts(config.train.freeze, model, shape.tables)
         if device.type == "cuda" and 0 < len(frozen.tables) < len({table.name for table in shape.tables}):
-            msg = (
+            raise ConfigError(
                 f"train.freeze: on GPUs tables are frozen all together or not at all (FBGEMM), and this names "
                 f"{', '.join(sorted(frozen.tables))}; freeze tables, all of them, or set train.device = cpu"
             )
-            raise ConfigError(msg)
 
 
 def build_empty_model(config: Config, shape: ModelShape, *, ranks: Ranks) -> nn.Module:

@@ -88,12 +88,10 @@ def find_source(
         return None
     path = places.located(recorded["run"]) if recorded is not None else (from_run or Path()).resolve()
     if path == run.path.resolve():
-        msg = f"`from_run`: {path} is the run itself; give another `run`"
-        raise RunError(msg)
+        raise RunError(f"`from_run`: {path} is the run itself; give another `run`")
     theirs = Run.open(path)
     if theirs.is_in_use:
-        msg = f"`from_run`: another process is training in {path}; wait for it"
-        raise RunError(msg)
+        raise RunError(f"`from_run`: another process is training in {path}; wait for it")
     name = run.config.warm_start.checkpoint if recorded is None else str(recorded["step"])
     try:
         chosen = find_checkpoint(theirs.checkpoints, name)
@@ -101,11 +99,10 @@ def find_source(
     except (RunError, OSError) as error:
         raise RunError(str(error).replace("`checkpoint`", "warm_start.checkpoint")) from error
     if recorded is not None and sha256 != recorded["sha256"]:
-        msg = (
+        raise RunError(
             f"{path}: its checkpoint of step {chosen.step} is another one than {run.path} was started from, which has "
             "no checkpoint of its own yet; give `restart` to start it from the one that is there now"
         )
-        raise RunError(msg)
     _check_fits(theirs, run.config, dataset, architecture)
     resets = dataset.table_rows if _extends(dataset, theirs) else ()
     num_reset = {name: found for name in resets if (found := len(dataset.reset_ids(name)))}
@@ -117,11 +114,10 @@ def _check_same(from_run: Path | None, recorded: WarmStartRecord | None, run: Ru
     if from_run is None or (recorded is not None and places.shown(from_run.resolve()) == recorded["run"]):
         return
     started = "no other run" if recorded is None else f"{recorded['run']}, step {recorded['step']}"
-    msg = (
+    raise RunError(
         f"`from_run`: {run.path} was started from {started}, got {from_run}; leave it out to resume the run, give "
         "another `run`, or `restart` to remove it and begin again"
     )
-    raise RunError(msg)
 
 
 def _check_fits(source: Run, config: Config, dataset: Dataset, architecture: Architecture) -> None:
@@ -188,11 +184,10 @@ def _dataset_of(source: Run) -> Dataset:
         if manifest_sha256(dataset) == source.environment["dataset"]["manifest_sha256"]:
             return dataset
         why = f"{place} holds another dataset now"
-    msg = (
+    raise RunError(
         f"`from_run`: {source.path} was trained on {place}, whose vocabularies say what the rows of its tables mean: "
         f"{why}. Put that dataset back"
     )
-    raise RunError(msg)
 
 
 def _other_meanings(theirs: Dataset, ours: Dataset, *, extends: bool) -> Iterator[str]:

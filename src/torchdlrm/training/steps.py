@@ -94,8 +94,7 @@ def check_validations(config: Config, agenda: Agenda, *, validation_rows: int) -
                 f"needs {needed:,} validations before the last step, {agenda.num_steps:,}, and the run has {found:,}; "
                 "lower validation.every_steps or validation.every_rows, or train longer"
             )
-        msg = f"{key}: is {value} and could never {effect}: {reason}"
-        raise ConfigError(msg)
+        raise ConfigError(f"{key}: is {value} and could never {effect}: {reason}")
 
 
 class Schedule:

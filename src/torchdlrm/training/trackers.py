@@ -66,8 +66,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             hint = did_you_mean(name, TRACKERS) or f"; there are {', '.join(TRACKERS)}"
-            msg = f"logging.trackers: there is no tracker {name}{hint}"
-            raise ConfigError(msg)
+            raise ConfigError(f"logging.trackers: there is no tracker {name}{hint}")
     missing = [name for name in names if find_spec(name) is None]  # package and extra have the tracker's name
     if missing:
         lines = [
@@ -95,8 +94,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
         except Exception as error:  # what wandb and MLflow raise has no common root, and all of it means this
             for opened in found:
                 opened.on_end("failed")
-            msg = f"logging.trackers: {name} cannot be used: {str(error).splitlines()[0]}"
-            raise ConfigError(msg) from error
+            raise ConfigError(f"logging.trackers: {name} cannot be used: {str(error).splitlines()[0]}") from error
         ids[name] = tracker.run_id
         found.append(tracker)
     write_atomically(path, json.dumps(ids) + "\n")

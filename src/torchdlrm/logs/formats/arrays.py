@@ -111,8 +111,7 @@ class _Arrays(TableFormat):
             values = read[array][:, at]
             if values.dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(values))):
                 row = start + int(bad[0])
-                msg = f"{array.path}, row {row + 1:,}, column {name}: {values[bad[0]]} is not a finite number"
-                raise LogError(msg)
+                raise LogError(f"{array.path}, row {row + 1:,}, column {name}: {values[bad[0]]} is not a finite number")
             columns[name] = _arrow(values)
         return pa.table(columns)
 
@@ -159,16 +158,14 @@ class MultiHotFormat(NpyFormat):
                 for i in range(NUM_CRITEO_SPARSE):
                     info = archive.getinfo(f"{i}.npy")
                     if info.compress_type != zipfile.ZIP_STORED:
-                        msg = f"member {i}.npy is compressed, and upstream writes them uncompressed"
-                        raise ValueError(msg)
+                        raise ValueError(f"member {i}.npy is compressed, and upstream writes them uncompressed")
                     # The local header is 30 bytes, then the name and the extra field, whose lengths it holds.
                     raw.seek(info.header_offset + 26)
                     lengths = np.frombuffer(raw.read(4), "<u2")
                     raw.seek(info.header_offset + 30 + int(lengths.sum()))
                     arrays.append(_Stored.after_header(path, raw))
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            msg = f"{path}: not upstream's multi-hot file ({error})"
-            raise LogError(msg) from error
+            raise LogError(f"{path}: not upstream's multi-hot file ({error})") from error
         for i, array in enumerate(arrays):
             _expect(Path(f"{path}/{i}.npy"), array, (num_rows, array.shape[1] if len(array.shape) == 2 else -1))
         return [(array, slice(None)) for array in arrays]
@@ -209,23 +206,19 @@ def _load(path: Path) -> _Stored:
         with open_to_read(path) as raw:
             return _Stored.after_header(path, raw)
     except FileNotFoundError as error:
-        msg = f"{path}: there is no such file; upstream writes dense, sparse and labels together"
-        raise LogError(msg) from error
+        raise LogError(f"{path}: there is no such file; upstream writes dense, sparse and labels together") from error
     except (EOFError, ValueError) as error:
-        msg = f"{path}: not a NumPy file ({error})"
-        raise LogError(msg) from error
+        raise LogError(f"{path}: not a NumPy file ({error})") from error
 
 
 def _expect(path: Path, array: _Stored, shape: Sequence[int]) -> None:
     if array.shape != tuple(shape):
-        msg = f"{path}: has shape {array.shape}, expected {tuple(shape)}"
-        raise LogError(msg)
+        raise LogError(f"{path}: has shape {array.shape}, expected {tuple(shape)}")
 
 
 def _of_bytes(path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> _Stored:
     size_bytes = identity_of(path).size_bytes
     expected_bytes = math.prod(shape) * dtype.itemsize
     if size_bytes != expected_bytes:
-        msg = f"{path}: has {size_bytes:,} bytes, expected {expected_bytes:,} for the {shape[0]:,} labels"
-        raise LogError(msg)
+        raise LogError(f"{path}: has {size_bytes:,} bytes, expected {expected_bytes:,} for the {shape[0]:,} labels")
     return _Stored(path, dtype, shape)

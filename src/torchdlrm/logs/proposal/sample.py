@@ -87,10 +87,9 @@ def check_names(file: LogFile, names: Sequence[str]) -> None:
     """
     for i, name in enumerate(names):
         if name in names[:i]:
-            msg = (
+            raise LogError(
                 f"{file.path}: columns {names.index(name) + 1} and {i + 1} are both named {name!r}; rename one of them"
             )
-            raise LogError(msg)
 
 
 def _of_text(file: LogFile, num_rows: int) -> Sample:
@@ -108,17 +107,15 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
         as_text = quoted if 2 * len(_whole_rows(start, quoted)) > len(_whole_rows(start, as_text)) else as_text
     start = start if len(blocks) == 1 else _whole_rows(start, as_text)
     if not start:
-        msg = f"{file.path}: no row ends in the first {block_bytes:,} bytes; is it text with a row a line?"
-        raise LogError(msg)
+        raise LogError(f"{file.path}: no row ends in the first {block_bytes:,} bytes; is it text with a row a line?")
     first = parse_chunk(start, as_text)
     names, has_header = [column.name for column in columns], False
     if first.frame.height and _looks_like_header(first.frame):
         names, has_header = [name or "" for name in first.frame.row(0)], True
         if 0 in first.bad_positions:
-            msg = (
+            raise LogError(
                 f"{file.path}: the names of the columns are not on line 1, where a header must be; remove what is above"
             )
-            raise LogError(msg)
     others = [chunk for block in blocks[1:] if (chunk := _rows_inside(block, as_text)) is not None]
     chunks = [first.frame[int(has_header) :], *(chunk.frame for chunk in others)]
     repeats = 0

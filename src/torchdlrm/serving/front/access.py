@@ -68,21 +68,17 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
         # Cut at \n alone: parts between other separators would be keys that were not meant.
         lines = [line.strip(" \t\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        msg = f"`api_key_file` {path}: is no text in UTF-8; write one key a line"
-        raise ConfigError(msg) from error
+        raise ConfigError(f"`api_key_file` {path}: is no text in UTF-8; write one key a line") from error
     except OSError as error:
-        msg = f"`api_key_file` {path}: cannot be read: {error.strerror or error}"
-        raise ConfigError(msg) from error
+        raise ConfigError(f"`api_key_file` {path}: cannot be read: {error.strerror or error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.isprintable():
-            msg = (
+            raise ConfigError(
                 f"`api_key_file` {path}: line {number} holds a character that no header may have; write one key a line"
             )
-            raise ConfigError(msg)
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        msg = f"`api_key_file` {path}: holds no key; write one a line"
-        raise ConfigError(msg)
+        raise ConfigError(f"`api_key_file` {path}: holds no key; write one a line")
     return keys
 
 

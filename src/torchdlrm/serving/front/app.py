@@ -122,8 +122,7 @@ class RequestMiddleware:
                 raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
         limit = self._service.options.max_concurrent_requests
         if self._num_under_way - self._service.uploads.num_bodies > limit:
-            msg = f"{limit:,} requests are being answered, and no more are taken meanwhile; try again later"
-            raise overloaded(msg)
+            raise overloaded(f"{limit:,} requests are being answered, and no more are taken meanwhile; try again later")
         if not (is_open or self._keys.accept(headers)):
             msg = "this needs an API key; send the header 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             raise RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)

@@ -87,13 +87,11 @@ def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_
         codes = np.frombuffer(body, np.uint8)
         num_values = sum(int(np.count_nonzero(codes == ord(mark))) for mark in ",[{")
         if num_values > max_values:
-            msg = (
+            raise too_large(
                 f"the body has {num_values:,} values (by its commas and opening brackets), and at most "
                 f"{max_values:,} are taken; send several requests"
             )
-            raise too_large(msg)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        msg = f"the body is not JSON: {error}"
-        raise bad_request(msg) from error
+        raise bad_request(f"the body is not JSON: {error}") from error

@@ -87,8 +87,7 @@ def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row
         raise bad_request(msg)
     shared, candidates = body["shared"], _rows(body["candidates"], "candidates: ", max_rows)
     if not isinstance(shared, dict):
-        msg = f"shared: needs an object of cells by column name, not {_kind(shared)}"
-        raise bad_request(msg)
+        raise bad_request(f"shared: needs an object of cells by column name, not {_kind(shared)}")
     if not candidates:
         raise bad_request("candidates: needs one at least")
     shared = _named_shared(shared, schema, len(candidates))
@@ -106,11 +105,10 @@ def _named_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> Ro
         except RowError as error:
             raise bad_request(str(error)) from error
     if (size := _characters(shared) * num_candidates) > MAX_SHARED_CHARACTERS:
-        msg = (
+        raise too_large(
             f"shared: with {num_candidates:,} candidates it comes to {size:,} characters and values, and at most "
             f"{MAX_SHARED_CHARACTERS:,} are taken; send several requests"
         )
-        raise too_large(msg)
     return shared
 
 
@@ -189,13 +187,11 @@ def _exact(cell: object) -> object:
 
 def _rows(value: object, where: str, max_rows: int) -> list[Row]:
     if not isinstance(value, list):
-        msg = f"{where}needs a list of rows, not {_kind(value)}"
-        raise bad_request(msg)
+        raise bad_request(f"{where}needs a list of rows, not {_kind(value)}")
     check_num_rows(len(value), max_rows)
     for index, row in enumerate(value):
         if not isinstance(row, dict):
-            msg = f"{where}row {index}: needs an object of cells by column name, not {_kind(row)}"
-            raise bad_request(msg)
+            raise bad_request(f"{where}row {index}: needs an object of cells by column name, not {_kind(row)}")
     return value
 
 

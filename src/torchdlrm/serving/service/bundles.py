@@ -130,8 +130,7 @@ class Bundles:
         except TorchDLRMError:
             raise
         except Exception as error:
-            msg = f"{self._path}: cannot be loaded: {error}"
-            raise TorchDLRMError(msg) from error
+            raise TorchDLRMError(f"{self._path}: cannot be loaded: {error}") from error
         self._num_failures = 0
         before, now = self.current.bundle, predictor.bundle
         # The same version out of other files is a bundle that was copied again, because of damage perhaps that
@@ -158,11 +157,10 @@ class Bundles:
                     raise
                 refused = f"{error}"
         if not target.has_bundle and target.has_delta:
-            msg = (
+            raise BundleError(
                 f"{target.path}: no whole bundle, and no deltas that lead there from the version that is served, "
                 f"{self.current.version}; copy the whole bundle, or all deltas since"
             )
-            raise BundleError(msg)
         return *_checked(self._open(target, self._options.verify)), Swap("swapped", refused=refused)
 
     def _open(self, target: Target, verify: Verify) -> Bundle:

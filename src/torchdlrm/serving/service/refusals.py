@@ -40,18 +40,16 @@ def too_large(message: str) -> RefusedRequest:
 def check_num_rows(num_rows: int, max_rows: int) -> None:
     """Refuse a request with too many rows."""
     if num_rows > max_rows:
-        msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"
-        raise too_large(msg)
+        raise too_large(f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests")
 
 
 def check_num_values(num_values: int, column: SparseColumn) -> None:
     """Refuse a request with too many values in the lists of a column."""
     if num_values > MAX_VALUES:
-        msg = (
+        raise too_large(
             f"column {column.name!r}: {num_values:,} values in a request, and at most {MAX_VALUES:,} are taken; send "
             "several requests"
         )
-        raise too_large(msg)
 
 
 def overloaded(message: str, retry_after_s: int = 1) -> RefusedRequest:

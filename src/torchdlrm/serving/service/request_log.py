@@ -78,8 +78,7 @@ class RequestLog:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            msg = f"`log_predictions` {folder}: cannot be written to: {error.strerror or error}"
-            raise ConfigError(msg) from error
+            raise ConfigError(f"`log_predictions` {folder}: cannot be written to: {error.strerror or error}") from error
         self._reports: queue.SimpleQueue[BatchReport | None] = queue.SimpleQueue()
         self._waiting_rows = self._waiting_bytes = 0
         self._lock = threading.Lock()

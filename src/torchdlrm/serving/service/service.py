@@ -132,11 +132,9 @@ class Service:
         """
         served = self.bundles.current
         if name != self.name:
-            msg = f"there is no model {shown(name)}; this server has {self.name!r}"
-            raise not_found(msg)
+            raise not_found(f"there is no model {shown(name)}; this server has {self.name!r}")
         if version and version != served.version:
-            msg = f"model {self.name!r} has no version {shown(version)}; it is served in {served.version!r}"
-            raise not_found(msg)
+            raise not_found(f"model {self.name!r} has no version {shown(version)}; it is served in {served.version!r}")
         return served
 
     async def predict(self, request: PredictionRequest) -> Answer:

@@ -162,6 +162,5 @@ def _content(path: Path) -> Setting:
     try:
         digest = sha256_of(path)
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise ConfigError(msg) from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return Setting(digest, f"{path} (sha256 {digest[:12]})")

@@ -154,8 +154,7 @@ def choose_device_type(
         return "cpu"
     problem = seen.problem(num_processes, asks_for_kernels=choice == "auto")
     if problem:
-        msg = f"{setting} = {choice}: {problem}; or set {setting} to cpu, which computes on the processor"
-        raise ConfigError(msg)
+        raise ConfigError(f"{setting} = {choice}: {problem}; or set {setting} to cpu, which computes on the processor")
     return "cuda"
 
 

@@ -120,16 +120,14 @@ class Ranks:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 why = describe_shortage(error, self.device)
-                msg = f"process {self.rank} of {self.world_size} has too little memory: {why}"
-                raise TrainingError(msg) from error
+                raise TrainingError(f"process {self.rank} of {self.world_size} has too little memory: {why}") from error
             if isinstance(error, MemoryError) or not self.are_fewer(error):
                 raise
             first_line = str(error).splitlines()[0]
-            msg = (
+            raise LostProcessError(
                 f"process {self.rank} of {self.world_size} has lost another one, which died or has not answered for "
                 f"{self.timeout_s:g} s (train.timeout_s): {first_line}"
-            )
-            raise LostProcessError(msg) from error
+            ) from error
 
 
 # What gloo and NCCL say when a peer is gone or late; they say other things too, such as that messages do not match.
@@ -208,12 +206,11 @@ def _check_launcher() -> None:
     """See that the launcher that has numbered this process has set all that its group needs; Slurm and MPI set less."""
     missing = [name for name in _OF_A_LAUNCHER if name not in os.environ]
     if missing:
-        msg = (
+        raise ConfigError(
             f"RANK says that a launcher has started this process, but {', '.join(missing)} are not set; start "
             "`dlrm train` with `nnodes` and `rdzv_endpoint` once on each machine (srun --ntasks-per-node=1), or "
             "set them for each process (of Slurm: LOCAL_RANK=$SLURM_LOCALID, LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE)"
         )
-        raise ConfigError(msg)
 
 
 def _leave(ranks: Ranks, error: BaseException | None, *, is_ours: bool) -> None:

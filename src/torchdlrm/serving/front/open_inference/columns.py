@@ -75,8 +75,7 @@ class Inputs:
         if not num_inputs:
             raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
         if num_inputs > len(self._features):
-            msg = f"inputs: {num_inputs:,} tensors, and the model has {len(self._features)} columns"
-            raise bad_request(msg)
+            raise bad_request(f"inputs: {num_inputs:,} tensors, and the model has {len(self._features)} columns")
 
     def place(self, name: str, datatype: object, shape: object) -> tuple[str, tuple[int, ...]]:
         """Return the datatype and shape of the next tensor, once they fit its columns.
@@ -93,17 +92,14 @@ class Inputs:
                 msg = f"input {name!r}: a column has the shape {'[N] or ' * (size == 1)}[N, {size}], not {list(sizes)}"
                 raise bad_request(msg)
         elif sizes[1:] != (len(columns),):
-            msg = f"input {name!r}: the shape is [N, {len(columns)}], not {list(sizes)}"
-            raise bad_request(msg)
+            raise bad_request(f"input {name!r}: the shape is [N, {len(columns)}], not {list(sizes)}")
         if self._num_rows is None:
             self._num_rows = sizes[0]
         elif self._num_rows != sizes[0]:
-            msg = f"input {name!r} has {sizes[0]:,} rows, and the one before has {self._num_rows:,}"
-            raise bad_request(msg)
+            raise bad_request(f"input {name!r} has {sizes[0]:,} rows, and the one before has {self._num_rows:,}")
         for column in columns:
             if column.name in self._seen:
-                msg = f"column {column.name} is given twice"
-                raise bad_request(msg)
+                raise bad_request(f"column {column.name} is given twice")
             self._seen.add(column.name)
         self.columns.append(columns)
         return datatype, sizes
@@ -113,8 +109,7 @@ class Inputs:
             return [self._features[name]]
         packed: dict[str, Sequence[Feature]] = {DENSE: self.schema.dense, SPARSE: self.schema.sparse_columns}
         if name not in packed:
-            msg = f"input {shown(name)} is no column of this model, and neither 'dense' nor 'sparse'"
-            raise bad_request(msg)
+            raise bad_request(f"input {shown(name)} is no column of this model, and neither 'dense' nor 'sparse'")
         return packed[name]
 
 
@@ -232,8 +227,7 @@ def _check_takes_numbers(tensor: Tensor, column: Feature) -> None:
         return
     wanted = BYTES if column.is_multi_valued or column.value_kind.is_text else f"INT64 or {BYTES}"
     if wanted == BYTES or not tensor.values.dtype.is_integer():
-        msg = f"input {tensor.name!r}: column {column.name} takes {wanted}, not {tensor.datatype}"
-        raise bad_request(msg)
+        raise bad_request(f"input {tensor.name!r}: column {column.name} takes {wanted}, not {tensor.datatype}")
 
 
 def _bad_cell(row: int, column: str, reason: str, value: object) -> RefusedRequest:

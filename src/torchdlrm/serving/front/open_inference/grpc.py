@@ -203,8 +203,7 @@ class GrpcServer:
             return
         limit = self._service.options.max_concurrent_requests
         if self._num_under_way > limit:
-            msg = f"{limit:,} calls are being answered, and no more are taken meanwhile; try again later"
-            raise overloaded(msg)
+            raise overloaded(f"{limit:,} calls are being answered, and no more are taken meanwhile; try again later")
         if name == "ModelInfer":
             self._service.batcher.check_room()
 

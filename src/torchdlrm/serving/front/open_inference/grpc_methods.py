@@ -96,8 +96,7 @@ def parse(name: str, message: bytes, service: Service) -> Any:
         RefusedRequest: they are too many, or have too many parts.
     """
     if name != "ModelInfer" and len(message) > _MAX_NAMES_BYTES:
-        msg = f"the message has {len(message):,} bytes, and a {name}Request at most {_MAX_NAMES_BYTES:,}"
-        raise too_large(msg)
+        raise too_large(f"the message has {len(message):,} bytes, and a {name}Request at most {_MAX_NAMES_BYTES:,}")
     if len(message) > LARGE_BYTES:
         num_columns = len(service.bundles.current.schema.features)
         max_values = num_columns * service.options.max_rows_per_request
@@ -115,8 +114,7 @@ def _rows(request: Any, schema: FeatureSchema, max_rows: int) -> Rows:
         check_parameters(output.parameters, "an output")
         check_output(output.name, {name: _value(given) for name, given in output.parameters.items()}, there)
     if raw and len(raw) != len(items):
-        msg = f"raw_input_contents: {len(raw):,} pieces for {len(items):,} inputs; each input needs one"
-        raise bad_request(msg)
+        raise bad_request(f"raw_input_contents: {len(raw):,} pieces for {len(items):,} inputs; each input needs one")
     inputs = Inputs(schema, max_rows, len(items))
     tensors = []
     for index, item in enumerate(items):
@@ -124,13 +122,11 @@ def _rows(request: Any, schema: FeatureSchema, max_rows: int) -> Rows:
         check_parameters(item.parameters, item.name)
         if raw:
             if item.HasField("contents"):
-                msg = f"input {item.name!r}: has both contents and a piece of raw_input_contents"
-                raise bad_request(msg)
+                raise bad_request(f"input {item.name!r}: has both contents and a piece of raw_input_contents")
             tensors.append(from_bytes(item.name, datatype, shape, raw[index]))
             continue
         if datatype not in _CONTENTS:
-            msg = f"input {item.name!r}: {datatype} has no contents field; send raw_input_contents"
-            raise bad_request(msg)
+            raise bad_request(f"input {item.name!r}: {datatype} has no contents field; send raw_input_contents")
         values = getattr(item.contents, _CONTENTS[datatype])
         if datatype == BYTES:
             tensors.append(from_texts(item.name, shape, values))

@@ -76,8 +76,7 @@ def parse_infer(
             msg = f"input {name!r}: binary_data_size {shown(size)}, but {len(rest) - position:,} bytes are left"
             raise bad_request(msg)
         if "data" in tensor:
-            msg = f"input {name!r}: has both data and binary_data_size"
-            raise bad_request(msg)
+            raise bad_request(f"input {name!r}: has both data and binary_data_size")
         tensors.append(from_bytes(name, datatype, shape, rest[position : position + size]))
         position += size
     if position != len(rest):
@@ -116,15 +115,13 @@ def format_infer(
 
 def _header_length(text: str, num_bytes: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) > num_bytes:
-        msg = f"{HEADER_LENGTH}: {shown(text)} is not a number of bytes within the body's {num_bytes:,}"
-        raise bad_request(msg)
+        raise bad_request(f"{HEADER_LENGTH}: {shown(text)} is not a number of bytes within the body's {num_bytes:,}")
     return int(text)
 
 
 def _object(value: object, what: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        msg = f"{what}: needs a JSON object, not {type(value).__name__}"
-        raise bad_request(msg)
+        raise bad_request(f"{what}: needs a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -141,8 +138,7 @@ def check_id(request_id: object) -> str | None:
     """Refuse an id that is no text, or a long one; return it."""
     if request_id is None or (isinstance(request_id, str) and len(request_id) <= _MAX_ID_CHARACTERS):
         return request_id
-    msg = f"id: needs a text of at most {_MAX_ID_CHARACTERS} characters"
-    raise bad_request(msg)
+    raise bad_request(f"id: needs a text of at most {_MAX_ID_CHARACTERS} characters")
 
 
 def _wanted_outputs(
@@ -167,15 +163,13 @@ def _wanted_outputs(
 def check_num_outputs(num_outputs: int, there: Sequence[str]) -> None:
     """Refuse a client that asks for more outputs than there are."""
     if num_outputs > len(there):
-        msg = f"outputs: {num_outputs:,} are asked for, and there {_are(there)}"
-        raise bad_request(msg)
+        raise bad_request(f"outputs: {num_outputs:,} are asked for, and there {_are(there)}")
 
 
 def check_output(name: object, parameters: Mapping[str, Any], there: Sequence[str]) -> str:
     """Refuse a client that asks for another output than there are, or for another form of it; return its name."""
     if not isinstance(name, str) or name not in there:
-        msg = f"outputs: {shown(name)} is none; there {_are(there)}"
-        raise bad_request(msg)
+        raise bad_request(f"outputs: {shown(name)} is none; there {_are(there)}")
     if parameters.get("classification"):
         raise bad_request("outputs: classification is not offered; a prediction is one probability")
     return name
@@ -195,8 +189,7 @@ def check_parameters(names: Iterable[str], what: str) -> None:
 
 def _flag(value: object, name: str) -> bool:
     if value is not None and not isinstance(value, bool):
-        msg = f"{name}: needs true or false"
-        raise bad_request(msg)
+        raise bad_request(f"{name}: needs true or false")
     return bool(value)
 
 

@@ -173,8 +173,7 @@ def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
             num_fields += 0 if is_contents else weight
             if num_fields > max_fields or num_values > max_values:
                 most = f"{max_values:,} values" if is_contents else f"{max_fields:,} fields besides values"
-                msg = f"the message has more than {most}, and no more are taken; send several requests"
-                raise too_large(msg)
+                raise too_large(f"the message has more than {most}, and no more are taken; send several requests")
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -59,8 +59,7 @@ def check_shape(name: str, datatype: object, shape: object) -> tuple[str, tuple[
         RefusedRequest: it is no datatype or no shape that the server takes.
     """
     if not isinstance(datatype, str) or datatype not in DATATYPES:
-        msg = f"input {name!r}: datatype {shown(datatype)} is none of {', '.join(DATATYPES)}"
-        raise bad_request(msg)
+        raise bad_request(f"input {name!r}: datatype {shown(datatype)} is none of {', '.join(DATATYPES)}")
     sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
     if not 1 <= len(sizes) <= MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in sizes):
         msg = f"input {name!r}: shape {shown(shape)} is not one or two sizes of 0 or more, such as [1] or [1, 13]"
@@ -79,19 +78,16 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
     kinds = set(map(type, flat)) - {type(None)}
     if datatype == BYTES:
         if kinds - {str}:
-            msg = f"input {name!r}: BYTES are strings in JSON, but there is {shown(_first(flat, {str}))}"
-            raise bad_request(msg)
+            raise bad_request(f"input {name!r}: BYTES are strings in JSON, but there is {shown(_first(flat, {str}))}")
         try:
             return _of_texts(name, shape, flat)
         except UnicodeEncodeError as error:
-            msg = f"input {name!r}: half of a surrogate pair is no text"
-            raise bad_request(msg) from error
+            raise bad_request(f"input {name!r}: half of a surrogate pair is no text") from error
     dtype = NUMBER_TYPES[datatype]
     accepted: set[type] = {int, float} if dtype.kind == "f" else {int}
     if kinds - accepted:
         what = "numbers" if dtype.kind == "f" else "whole numbers"
-        msg = f"input {name!r}: {datatype} are {what}, but there is {shown(_first(flat, accepted))}"
-        raise bad_request(msg)
+        raise bad_request(f"input {name!r}: {datatype} are {what}, but there is {shown(_first(flat, accepted))}")
     return from_numbers(name, datatype, shape, flat)
 
 
@@ -126,17 +122,15 @@ def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Sequ
         polars_type = pl.Series(np.empty(0, dtype)).dtype
         return Tensor(name, datatype, shape, pl.Series(name, list(numbers), polars_type))
     except (pl.exceptions.PolarsError, OverflowError, TypeError) as error:
-        msg = f"input {name!r}: a number is beyond what {datatype} can hold"
-        raise bad_request(msg) from error
+        raise bad_request(f"input {name!r}: a number is beyond what {datatype} can hold") from error
 
 
 def _texts(name: str, shape: tuple[int, ...], data: memoryview | bytes) -> list[str]:
     count = math.prod(shape)
     if count * _LENGTH.size > len(data):
-        msg = (
+        raise bad_request(
             f"input {name!r}: shape {list(shape)} of BYTES needs at least {count * 4:,} bytes, there are {len(data):,}"
         )
-        raise bad_request(msg)
     texts = []
     position, end, whole = 0, len(data), bytes(data)
     for _ in range(count):
@@ -157,19 +151,16 @@ def _decode(name: str, text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        msg = f"input {name!r}: {shown(text)} is not UTF-8"
-        raise bad_request(msg) from error
+        raise bad_request(f"input {name!r}: {shown(text)} is not UTF-8") from error
 
 
 def _flat(name: str, data: object) -> list[Any]:
     if not isinstance(data, list):
-        msg = f"input {name!r}: needs data, a list, or the parameter binary_data_size"
-        raise bad_request(msg)
+        raise bad_request(f"input {name!r}: needs data, a list, or the parameter binary_data_size")
     if not any(isinstance(item, list) for item in data):
         return data
     if not all(isinstance(item, list) for item in data) or len({len(item) for item in data}) != 1:
-        msg = f"input {name!r}: the rows of data are not lists of the same length"
-        raise bad_request(msg)
+        raise bad_request(f"input {name!r}: the rows of data are not lists of the same length")
     return [value for row in data for value in row]
 
 
