@@ -209,14 +209,12 @@ class PatchedWeights(WeightsLayout):
         """Which of a table's changed rows have these ids."""
         table = self._tables[name]
         keys = self._keys[table.first : table.first + table.count]
-        found: NDArray[np.int64] = np.searchsorted(keys, (ids.astype(np.int64) + table.first_key).astype(keys.dtype))
-        return found
+        return np.searchsorted(keys, (ids.astype(np.int64) + table.first_key).astype(keys.dtype))
 
     def _rows(self, name: str) -> NDArray[np.uint8]:
         """A table's changed rows: uint8 [K, row_bytes]."""
         table = self._tables[name]
-        rows: NDArray[np.uint8] = self.data[table.changed].numpy().reshape(table.count, table.place.row_bytes)
-        return rows
+        return self.data[table.changed].numpy().reshape(table.count, table.place.row_bytes)
 
     def _put(self, name: str, ids: NDArray[np.integer], rows: NDArray[np.uint8]) -> None:
         self._rows(name)[self._search(name, ids)] = rows

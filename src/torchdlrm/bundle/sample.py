@@ -164,5 +164,4 @@ def _outside(vocabulary: Vocabulary, column: SparseColumn) -> str | float:
         candidates = candidates.append(_numbers_of(pl.Series(np.arange(-_CANDIDATES, _CANDIDATES)), column))
     outside = candidates.filter(vocabulary.lookup(column.categories(candidates)) == UNKNOWN_ID)
     assert len(outside) or column.buckets is not None, "64 values out of 2^31 that are all in one vocabulary"
-    value: str | float = (outside if len(outside) else candidates)[0]
-    return value
+    return (outside if len(outside) else candidates)[0]

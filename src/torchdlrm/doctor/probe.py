@@ -140,8 +140,7 @@ def _later(module: str, function: str, *arguments: Any) -> Task:
     """A function of this room that is imported when it is called: what it imports may be broken."""
 
     def call() -> str:
-        seen: str = getattr(importlib.import_module(f"torchdlrm.doctor.{module}"), function)(*arguments)
-        return seen
+        return getattr(importlib.import_module(f"torchdlrm.doctor.{module}"), function)(*arguments)
 
     return call
 

@@ -214,9 +214,7 @@ class _Number:
         self._first_byte = FIRST_FREE_BYTE + offset
 
     def __get__(self, memory: "_Memory", _: type) -> int:
-        number: int
-        (number,) = struct.unpack("=q", os.pread(memory.fd, 8, self._first_byte))
-        return number
+        return struct.unpack("=q", os.pread(memory.fd, 8, self._first_byte))[0]
 
     def __set__(self, memory: "_Memory", number: int) -> None:
         os.pwrite(memory.fd, struct.pack("=q", number), self._first_byte)

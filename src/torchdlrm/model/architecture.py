@@ -137,10 +137,7 @@ class BuiltInArchitecture(Architecture):
         """A model of the class."""
         from torchdlrm.model import dlrm  # noqa: PLC0415 - with TorchRec, which a server can do without
 
-        model: nn.Module = getattr(dlrm, self.class_name)(
-            embedding_bag_collection, **shape.arguments, dense_device=device
-        )
-        return model
+        return getattr(dlrm, self.class_name)(embedding_bag_collection, **shape.arguments, dense_device=device)
 
     def products(self, shape: "ModelShape") -> Sequence[Product]:
         """Those of the layers, and the interaction's between the two arches."""
@@ -164,8 +161,7 @@ class BuiltInArchitecture(Architecture):
 
 def built_in(name: InteractionName) -> Architecture:
     """The architecture of `model.interaction`: the module of that name beside this one has it."""
-    architecture: Architecture = importlib.import_module(f"torchdlrm.model.{name}").ARCHITECTURE
-    return architecture
+    return importlib.import_module(f"torchdlrm.model.{name}").ARCHITECTURE
 
 
 def layers(inputs: int, sizes: Sequence[int]) -> list[Product]:

@@ -263,8 +263,7 @@ class InteractionDCNArch(nn.Module):
 
     def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
         """Maps [B, D] and [B, F, D] to [B, I]."""
-        crossed_BI: Tensor = self.crossnet(flat_vectors(dense_features, sparse_features))
-        return crossed_BI
+        return self.crossnet(flat_vectors(dense_features, sparse_features))
 
 
 class ServedCrossNet(FastInteraction):

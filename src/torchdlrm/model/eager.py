@@ -260,8 +260,7 @@ class _Trial:
         dense[num_rows:] = embeddings[num_rows:] = 0
         self._given.held[:] = [(features, KeyedTensor(keys, dims, embeddings.requires_grad_()))]
         labels = torch.ones(_TRIAL_ROWS, self._shape.num_labels).squeeze(1)
-        loss: Tensor = self._train(_Slice(dense, features, labels, num_padding))[0]
-        return loss
+        return self._train(_Slice(dense, features, labels, num_padding))[0]
 
     def gradients_are_finite(self, num_padding: int) -> bool:
         """Whether those of all weights are."""

@@ -77,8 +77,7 @@ class Around(nn.Module):
         modules[_TABLES] = given
         given.held.append((features, embeddings))
         try:
-            output: ModelOutput = model(dense, features)
-            return output
+            return model(dense, features)
         finally:
             given.held.clear()
             modules[_TABLES] = tables
@@ -288,8 +287,7 @@ class DLRMTrain(nn.Module):
         dense, features = batch.dense_features, batch.sparse_features
         tables = self.around.tables
         output = self.model(dense, features) if tables is None else self.around(dense, features, tables(features))
-        found: tuple[Tensor, tuple[Tensor, ...]] = self.loss(output, batch)
-        return found
+        return self.loss(output, batch)
 
 
 def _announce_padding(train: nn.Module, arguments: tuple[TrainingBatch]) -> None:

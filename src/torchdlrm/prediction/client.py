@@ -84,5 +84,4 @@ class PredictionClient:
         if response.status != http.client.OK:
             reason = text.decode(errors="replace")
             raise UserError(f"`url`: {self._url} answers {response.status} {response.reason}: {reason:.300}")
-        answer: dict[str, Any] = json.loads(text)
-        return answer
+        return json.loads(text)

@@ -110,8 +110,7 @@ def _cache_fraction(sharding: ParameterSharding) -> float | None:
     """The planner hands cache parameters to every table that might have had a cache."""
     if sharding.compute_kernel != CACHED_KERNEL or sharding.cache_params is None:
         return None
-    fraction: float | None = sharding.cache_params.load_factor
-    return fraction
+    return sharding.cache_params.load_factor
 
 
 def sharding_plan(layout: Layout, model: nn.Module, machine: Machine) -> ShardingPlan:

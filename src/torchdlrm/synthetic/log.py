@@ -110,8 +110,7 @@ class SyntheticTruth(BaseModel, frozen=True):
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in the file; what is not defined is None."""
-        fields: dict[str, Any] = json.loads(self.model_dump_json())
-        return fields
+        return json.loads(self.model_dump_json())
 
     def as_json(self) -> bytes:
         """The content of the file."""

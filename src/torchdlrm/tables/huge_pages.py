@@ -58,5 +58,4 @@ def let_the_heap_grow_in_huge_pages() -> None:
 def _advise(begin: int, num_bytes: int, advice: int) -> bool:
     """Advise Linux about the huge pages that lie wholly within; whether it knows this advice."""
     first, end = -(-begin // _PAGE_BYTES) * _PAGE_BYTES, (begin + num_bytes) // _PAGE_BYTES * _PAGE_BYTES
-    done: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
-    return done == 0
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice) == 0

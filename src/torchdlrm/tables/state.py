@@ -107,8 +107,7 @@ class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[mi
     def get_optimizer_state(self) -> list[dict[str, Tensor]]:
         """The same by the names of torch's optimizers; TorchRec calls the first one `momentum1` whatever it is."""
         if not self.is_lazy:
-            states: list[dict[str, Tensor]] = super().get_optimizer_state()
-            return states
+            return super().get_optimizer_state()
         names = [*("momentum1", "exp_avg_sq")[: self._num_states], "prev_iter"]
         return [dict(zip(names, of_table, strict=True)) for of_table in self.split_optimizer_states()]
 
@@ -169,8 +168,7 @@ class Ids(NamedTuple):
 
 def learnt(pooled: Tensor, learn: Callable[[Tensor, Ids], object], ids: Ids) -> Tensor:
     """The embeddings, of whose gradient `learn(gradient, ids)` makes an update of the tables in the backward."""
-    result: Tensor = _Learnt.apply(_ASKS_FOR_GRADIENTS, pooled, learn, *ids)  # type: ignore[no-untyped-call]
-    return result
+    return _Learnt.apply(_ASKS_FOR_GRADIENTS, pooled, learn, *ids)  # type: ignore[no-untyped-call]
 
 
 class _Learnt(torch.autograd.Function):

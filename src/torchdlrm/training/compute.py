@@ -90,10 +90,9 @@ def communication_codecs(config: TrainConfig, device: torch.device) -> dict[str,
     if precision == "float32":
         return None
     backward = CommType.BF16 if device.type == "cuda" else CommType.FP16
-    registry: dict[str, Any] | None = get_qcomm_codecs_registry(
+    return get_qcomm_codecs_registry(
         QCommsConfig(forward_precision=CommType.FP16, backward_precision=backward), device=device
     )
-    return registry
 
 
 def keep_freed_memory() -> None:

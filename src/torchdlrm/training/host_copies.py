@@ -38,8 +38,7 @@ class HostCopies:
     def take(self, state: dict[str, Any]) -> dict[str, Any]:
         """Copy the state as it is after everything that the current stream of this thread has been given to do."""
         if self._device.type == "cpu":
-            copied: dict[str, Any] = with_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
-            return copied
+            return with_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
         needed_bytes = sum(map(_room, tensors_of(state)))
         if self._block is None or len(self._block) < needed_bytes:
             self.close()
