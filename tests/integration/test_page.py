@@ -365,3 +365,26 @@ def test_a_field_says_that_training_never_lacked_its_number(open_page, server):
     settled(page)
     shown = [(page.get_attribute(f"#field-{name}", key) or "") for name in ("int_0", "int_1") for key in FIELD_KEYS]
     assert shown == ["missing", "int", "the mean", "int, never missing in training: the mean stands for it"]
+
+
+def test_a_vector_has_a_field_of_its_own_and_is_sent_as_a_list(open_page, server):
+    page = open_page()
+    settled(page)
+    schema = server.client.get("/schema").json()
+    next(column for column in schema["columns"] if column["name"] == "int_1").update(kind="vector", size=3)
+    for example in schema["examples"]:
+        example["int_1"] = [0.25, -1, 2]
+    page.route("**/schema", lambda route: route.fulfill(json=schema))
+    with page.expect_request("**/explain") as asked:
+        page.reload()
+    assert json.loads(asked.value.post_data)[0]["int_1"] == [0.25, -1, 2]
+    assert page.input_value("#field-int_1") == "[0.25,-1,2]"
+    assert page.inner_text(".vector label") == "int_1, 3 numbers"
+    assert [text.split(maxsplit=1)[1] for text in page.locator("legend").all_inner_texts()] == [
+        "12 numbers",
+        "1 vector",
+        "26 categories",
+    ]
+    with page.expect_request("**/explain") as asked:
+        page.fill("#field-int_1", "[0.25, x]")
+    assert json.loads(asked.value.post_data)[0]["int_1"] == "[0.25, x]", "what is wrong is for the server to say"

@@ -98,6 +98,14 @@ def test_empty_cells_are_left_out_and_no_digit_is_lost(read):
     ]
 
 
+def test_a_vector_is_a_list_where_it_is_one(read):
+    shop = SHOP | {"columns": [*SHOP["columns"], {"name": "text", "role": "dense", "kind": "vector", "size": 2}]}
+    lists = ["[0.5, -1e-3]", "[0.5]", "[]", "0.5,1", "[0.5,,1]", "[[0.5,1]]", "[0.5,x]"]
+    found = read("user,text\n" + "\n".join(f'1,"{text}"' for text in lists), shop)["rows"]
+    cells = [json.loads(row)["text"] for row in found]
+    assert cells == [[0.5, -1e-3], [0.5], *lists[2:]]
+
+
 def test_a_logs_own_order_thresholds_and_quotes_are_kept(read):
     got = read('5,1.5,3,17,"a|b"\n\n6,2.5,1,18,"two\nlines"\n7,2.5,,18,c\n', SHOP)
     assert [json.loads(row)["user"] for row in got["rows"]] == [17, 18, 18]

@@ -22,6 +22,7 @@ from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import ConfigError, LiveError, RunError
 from torchdlrm.exporting.formats import export_as
 from torchdlrm.judging.recalibration import Verdict
+from torchdlrm.live.gate import judge
 from torchdlrm.live.preview import preview_advance
 from torchdlrm.live.record import PeriodRecord
 from torchdlrm.live.report import report_page
@@ -39,11 +40,11 @@ def live(tmp_path_factory):
     return folder
 
 
-def test_a_period_scores_every_label_and_is_judged_by_the_first(live, dlrm):
+def test_a_period_scores_every_label_and_is_judged_by_each(live, dlrm):
     record, scores = PeriodRecord.read(live / "days/0002"), pl.read_parquet(live / "days/0002/scores.parquet")
     assert record.published
     assert record.format_version == 4
-    assert record.clicks == scores["click"].sum()
+    assert (record.label, record.clicks) == ("click", scores["click"].sum())
     for name, end, metrics in (
         ("click", "", record.progressive.all),
         ("purchase", "_purchase", record.progressive.labels["purchase"]),
@@ -54,12 +55,30 @@ def test_a_period_scores_every_label_and_is_judged_by_the_first(live, dlrm):
         assert metrics["logloss"] == pytest.approx(log_loss(scores[name], 1 / (1 + np.exp(-logit))))
         asked = evaluate(live / "days/0002", label=name, progress=False)
         assert (asked["label"], asked["auc"]) == (name, pytest.approx(metrics["auc"]))
-    assert record.gate.labels["purchase"]["rows"] == record.gate.rows
     _, period = json.loads(dlrm("inspect", live, "--json").stdout)["periods"]
-    assert period["labels"]["purchase"]["auc"] == record.progressive.labels["purchase"]["auc"]
+    assert (period["label"], period["labels"]["purchase"]) == ("click", record.progressive.labels["purchase"])
+    assert "each log, by the previous model, click" in dlrm("inspect", live).stderr
     whole = evaluate(live / "bundles/0002", live / "days/0002/dataset", "val", progress=False)
     assert whole["auc"] == pytest.approx(record.gate.new["auc"])
-    assert whole["labels"]["purchase"]["auc"] == pytest.approx(record.gate.labels["purchase"]["auc"])
+    purchase = record.gate.labels["purchase"]
+    assert whole["labels"]["purchase"]["auc"] == pytest.approx(purchase.new["auc"])
+    assert purchase.logloss_increase == pytest.approx(purchase.new["logloss"] - purchase.old["logloss"])
+    page = report_page("shop", [PeriodRecord.read(live / "days/0001"), record], {}, 2)
+    assert all(page.count(f"of the rows held back, {label}<") == 1 for label in two_labels.LABELS)
+    assert "by period, click</h2>" in page
+
+
+@pytest.mark.parametrize("gone_wrong", [None, "click", "purchase"])
+def test_a_model_that_is_surely_worse_by_any_label_is_refused(live, tmp_path, gone_wrong):
+    day, scores = live / "days/0002", pl.read_parquet(live / "days/0002/scores.parquet")
+    if gone_wrong:  # the model before has known all
+        logit = two_labels.SCHEMA.label_columns("logit")[0] + ("" if gone_wrong == "click" else f"_{gone_wrong}")
+        scores = scores.with_columns((8.0 * pl.col(gone_wrong) - 4.0).cast(pl.Float32).alias(logit))
+    scores.write_parquet(tmp_path / "scores.parquet")
+    dataset = Dataset.open(day / "dataset").with_labels(two_labels.LABELS)
+    gate = judge(Bundle.open(live / "bundles/0002"), dataset, tmp_path / "scores.parquet", WIDE, SILENT)
+    assert gate.passed is (gone_wrong is None)
+    assert [f"rows (label {gone_wrong}) is" in text for text in gate.reasons] == [True] * (gone_wrong is not None)
 
 
 def test_a_delta_brings_every_label(live, tmp_path):
@@ -98,7 +117,7 @@ def test_a_period_recalibrates_the_labels_that_gain(live, tmp_path, monkeypatch)
     assert record.recalibration.startswith(
         "click: platt: left out, not better by more than chance; purchase: platt: on "
     )
-    assert (record.format_version, record.gate.labels["purchase"]["rows"]) == (4, record.gate.rows)
+    assert (record.format_version, record.gate.labels["purchase"].rows) == (4, record.gate.rows)
     dataset = Dataset.open(tmp_path / "live/days/0003/dataset")
     assert record.gate.rows == dataset.splits["val"].rows // 2
     page = report_page("shop", LiveModel.open(tmp_path / "live").periods, {}, 3)

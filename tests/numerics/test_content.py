@@ -184,8 +184,9 @@ def test_a_wide_row_makes_parts_smaller(schema):
     ("cell", "shown"),
     [
         ([1.0], "'1 of 5 numbers, 1.0'"),
-        ([1, 2, 3, 4, "x"], "'1 of 5 numbers, nan'"),
-        (7, "'1 of 5 numbers, nan'"),
+        ([1, 2, 3, 4, "x"], "no list of 5 numbers: [1, 2, 3, 4, 'x']"),
+        ({"a": 1}, "no list of 5 numbers: {'a': 1}"),
+        (7, "no list of 5 numbers: 7"),
         ([1, 2, 3, 4, 1e39], "1e+39"),
         ("1,2,3", "'3 of 5 numbers, 1.0,2.0,3.0'"),
     ],
@@ -322,11 +323,24 @@ def test_tensors_are_the_same_rows(num_rows, rows, predictor):
 
 
 @pytest.mark.parametrize(
-    "cell", [[1.0], [1, 2, 3, 4, None], {"a": 1}, 3, [1, 2, 3, 4, True], [1, 2, 3, 4, 10**400], "x"]
+    ("cell", "said"),
+    [
+        ([1.0], "1 of 5 numbers, 1.0"),
+        ([1, 2, 3, 4, None], "no list of 5 numbers: [1, 2, 3, 4, None]"),
+        ({"a": 1}, "no list of 5 numbers: {'a': 1}"),
+        ({}, "no list of 5 numbers: {}"),
+        (3, "no list of 5 numbers: 3"),
+        ([1, 2, 3, 4, True], "no list of 5 numbers: [1, 2, 3, 4, True]"),
+        ([1, 2, 3, 4, 10**400], "no list of 5 numbers: [1, 2, 3, 4, 1000"),
+        ("x", "no list of 5 numbers: 'x'"),
+    ],
 )
-def test_a_bad_cell_of_a_request_is_refused(cell, predictor):
-    with pytest.raises(RowError, match="row 1, column 'text': the cell is not a list of `size` finite numbers"):
+def test_a_bad_cell_of_a_request_is_refused(cell, said, predictor):
+    with pytest.raises(
+        RowError, match="row 1, column 'text': the cell is not a list of `size` finite numbers"
+    ) as error:
         predictor.predict([{"item": "i1"}, {"item": "i1", "text": cell}])
+    assert said in str(error.value)
 
 
 def test_a_learnt_vector_stands_for_a_missing_one():

@@ -22,6 +22,7 @@ OWN_LOSS = Path(__file__).parents[2] / "examples" / "own_loss.py"
 # Odd batches, of which two processes have 51 and 50 rows, and the second a row of padding; float32 as in world_size.
 STEPS = {"train.batch_size_global": "101", "train.max_steps": "12", "logging.every_steps": "1"}
 STEPS |= {"train.precision": "float32", "logging.tensorboard": "false"}
+SUMMARY = [("best val auc", "click"), ("last val ne", "click"), ("last val ne", "purchase")]
 PLE = {"train.labels": "click,purchase", "train.loss_weights": "uncertainty", "model.heads.after.purchase": "click"}
 PLE |= {"model.heads.kind": "ple", "model.heads.num_experts": "2", "model.heads.num_shared_experts": "2"}
 PLE |= {"model.heads.expert_layer_sizes": "16,8"}
@@ -41,6 +42,7 @@ def test_two_processes_train_what_one_does(ple_run, two_labels, dlrm, tmp_path):
     two = tmp_path / "two"
     done = dlrm("train", tmp_path / "config.toml", "--dataset", two_labels.path, "--run", two, "--nproc-per-node", 2)
     assert done.returncode == 0, done.stderr
+    assert all(f"  {name}, {label} " in done.stderr for name, label in SUMMARY)
     found, expected = (
         [[line["loss"], line["labels"]["purchase"]["loss"]] for line in logged(run, "train")] for run in (two, ple_run)
     )
@@ -76,10 +78,11 @@ def test_each_label_is_judged_by_its_own_rows(ple_run, tmp_path):
     (ple_run / "evaluation" / "test.purchase.json").write_text(json.dumps(other))
     page = report_page(Run.open(ple_run))
     assert all(page.count(f">{text}<") == 1 for text in ("test, click", "test, purchase"))
-    assert page.count("Learning curves, purchase</h2>") == 1
+    assert all(page.count(f"Learning curves, {label}</h2>") == 1 for label in ("click", "purchase"))
     copy = Run.open(shutil.copytree(ple_run, tmp_path / "copy"))
     page = runs_page([Run.open(ple_run), copy])
-    assert all(f"<h2>Learning curves, {split}, purchase</h2>" in page for split in ("val", "train"))
+    headings = [f"Learning curves, {split}, {label}" for split in ("val", "train") for label in ("click", "purchase")]
+    assert all(f"<h2>{heading}</h2>" in page for heading in headings)
 
 
 def test_a_label_or_an_order_that_means_something_else_is_refused(ple_run, two_labels, tmp_path):

@@ -187,8 +187,8 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
     if check is None:
         return
     rows = [
-        {"": f"{what}{label}", **{METRICS[name].label: show_number(value, 6) for name, value in metrics}}
-        for label, of in {"": check, **{f", {name}": other for name, other in check.labels.items()}}.items()
+        {"": f"{what}{label and f', {label}'}", **{METRICS[name].label: show_number(value, 6) for name, value in metrics}}
+        for label, of in {bundle.schema.first_of_several: check, **check.labels}.items()
         for what, metrics in (("checkpoint", of.checkpoint), ("bundle", of.bundle))
     ]
     print_table(f"{check.rows:,} rows of {check.split}", rows)

@@ -134,7 +134,7 @@ def _print_evaluation(result: Mapping[str, Any], source: Path, *, as_json: bool)
         ]
         print_table("" if of is result else f"label {label}: {of['clicks']:,} clicks", rows)
     if "slices" in result:
-        print_slices(result["slices"])
+        print_slices(result["slices"], f"label {result['label']}: " if "labels" in result else "")
     say_undefined(result)
     if (best := result["intervals"][BEST]) is not None:
         doubt = few_clicks(result.get("split", source.name), result["rows"], result["clicks"], max(best) - result[BEST])

@@ -72,16 +72,17 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         from torchdlrm.training.source_run import SourceRun
 
         say(f"started from {SourceRun(environment['warm_start'])}")
+    first = content.get("label", "")
     for split, line in content["last_metrics"].items():
         names = ("loss", *logged_names())
-        for label, of in {"": line, **line.get("labels", {})}.items():
+        for label, of in {first: line, **line.get("labels", {})}.items():
             metrics = (f"{name} {show_number(of[name], 4)}" for name in names if of.get(name) is not None)
             say(f"{split} at step {line['step']:,}{label and f', {label}'}: {', '.join(metrics)}")
     rows = [
         {
             "checkpoint": f"step {step:,}",
             "epoch": "-" if about["epoch"] is None else str(about["epoch"]),
-            "best val AUC so far": "-" if about["best_auc"] is None else f"{about['best_auc']:.4f}",
+            f"best val AUC so far{first and f', {first}'}": "-" if about["best_auc"] is None else f"{about['best_auc']:.4f}",
             "files": about["damage"] or "undamaged",
         }
         for step, about in content["checkpoints"].items()
@@ -93,7 +94,8 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         brief = (
             f"{of.label} {show_number(result.get(of.name), 4)}{shown.get(of.name, '')}" for of in metrics_in("brief")
         )
-        say(f"evaluated {name}: {', '.join(brief)}")
+        whose = f", {result['label']}" if result.get("labels") else ""
+        say(f"evaluated {name}{whose}: {', '.join(brief)}")
     look_at(content["judgements"])
 
 
@@ -117,6 +119,7 @@ def _run_as_dict(folder: Path) -> dict[str, Any]:
         }
     return {
         "path": str(folder),
+        **({"label": label} if (label := run.config.train.first_of_several) else {}),
         "environment": run.environment,
         "last_metrics": {line["split"]: line for line in read_metrics(folder / METRICS_NAME)},
         "checkpoints": checkpoints,
@@ -132,7 +135,8 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
         print_json({"kind": "live"} | content)
         return
     say(f"live model {folder}: {len(content['periods'])} period(s), current is {content['current'] or 'none'}")
-    others = content["periods"][-1].get("labels", {}) if content["periods"] else {}
+    newest = content["periods"][-1] if content["periods"] else {}
+    others, whose = newest.get("labels", {}), f", {newest['label']}" if "label" in newest else ""
     first = next(iter(metric_cells({})))
     rows = [
         {
@@ -147,7 +151,7 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
         }
         for period in content["periods"]
     ]
-    print_table("each log, by the previous model", rows, droppable=("bundle", "delta", "base"))
+    print_table(f"each log, by the previous model{whose}", rows, droppable=("bundle", "delta", "base"))
     for period in content["periods"]:
         for reason in period["reasons"]:
             say(f"period {period['period']}: {reason}")
@@ -169,6 +173,7 @@ def _live_as_dict(folder: Path) -> dict[str, Any]:
         {"period": record.period, "base": record.base}
         | (unknown if record.progressive is None else record.progressive.all)
         | {"rows": record.rows, "clicks": record.clicks, "published": record.published}
+        | ({"label": record.label} if record.label else {})
         | ({"labels": record.progressive.labels} if record.progressive and record.progressive.labels else {})
         | {"reasons": record.gate.reasons, "bundle_bytes": record.bundle_bytes, "delta_bytes": record.delta_bytes}
         for record in live.periods

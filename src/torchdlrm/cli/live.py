@@ -158,12 +158,13 @@ def _print_record(record: "PeriodRecord") -> None:
     """Print how the log was predicted before it was learnt from, and the gate."""
     judged: dict[str, PeriodMetrics | None] = {}
     if record.progressive is not None:
-        judged["log, old model"] = record.progressive.all
+        judged[f"log, old model{record.label and f', {record.label}'}"] = record.progressive.all
         judged["- values known"] = record.progressive.known
         judged["- values unknown"] = record.progressive.unseen
-        judged |= {f"{label}, old model": metrics for label, metrics in record.progressive.labels.items()}
-    judged |= {"held back, old model": record.gate.old, "held back, new model": record.gate.new}
-    judged |= {f"- {label}": metrics for label, metrics in record.gate.labels.items()}
+        judged |= {f"log, old model, {label}": metrics for label, metrics in record.progressive.labels.items()}
+    for label, gate in {record.label: record.gate, **record.gate.labels}.items():
+        whose = label and f", {label}"
+        judged |= {f"held back, old model{whose}": gate.old, f"held back, new model{whose}": gate.new}
     rows = [
         {"": what, "rows": show_number(metrics["rows"], 0)} | metric_cells(metrics)
         for what, metrics in judged.items()

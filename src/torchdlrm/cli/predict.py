@@ -92,21 +92,21 @@ def predict(
         summary = predict_file(
             predictor, log, out, bad_rows=bad_rows, cluster=cluster, own_model=own, progress=progress
         )
-    _print_summary(summary, out)
+    _print_summary(summary, predictor.schema.first_of_several, out)
     if as_json:
         print_json({"bundle": str(bundle), "version": predictor.bundle.version, "out": str(out), **summary.as_dict()})
 
 
-def _print_summary(summary: "PredictSummary", out: Path) -> None:
+def _print_summary(summary: "PredictSummary", first: str, out: Path) -> None:
     cells = {"rows": f"{summary.rows:,}", "bad rows": f"{summary.bad_rows:,}", "rows/s": f"{summary.rows_per_s:,.0f}"}
     if summary.mean_prediction is not None:
-        cells["mean prediction"] = f"{summary.mean_prediction:.5f}"
-    if summary.metrics is not None:
-        cells |= metric_cells(summary.metrics.as_dict())
+        cells[f"mean prediction{first and f', {first}'}"] = f"{summary.mean_prediction:.5f}"
+    judged = {} if summary.metrics is None else {first: summary.metrics, **summary.labels}
+    cells |= metric_cells(judged.pop("").as_dict()) if "" in judged else {}
     say_facts("" if out == Path("-") else str(out), cells)
     if summary.metrics is not None:
         say_undefined(summary.metrics.as_dict())
-    for label, metrics in summary.labels.items():
+    for label, metrics in judged.items():
         say_facts(label, metric_cells(metrics.as_dict()))
     if summary.num_never_missing:
         missing = ", ".join(f"{name} (in {count:,} rows)" for name, count in summary.num_never_missing.items())
@@ -176,7 +176,8 @@ def _print_paths(found: "Verification", log: str) -> None:
         return "" if path.allowed is None else f"{value:.2g}"
 
     bad = f", {found.bad_rows:,} bad ones left out" if found.bad_rows else ""
-    every = [(path.name, path) for path in found.paths]
+    first = found.bundle.schema.first_of_several
+    every = [(f"{path.name}{first and f', {first}'}", path) for path in found.paths]
     every += [(f"{path.name}, {label}", of) for path in found.paths for label, of in path.labels.items()]
     rows = [
         {

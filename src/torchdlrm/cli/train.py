@@ -277,13 +277,13 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
         facts["speed"] = f"{summary.rows_per_s:,.0f} rows/s"
     if summary.stopped_because != "finished":
         facts["stopped by"] = f"stop.{summary.stopped_because}"
+    first = dataset.schema.first_of_several
     if summary.best_auc is not None:
-        facts["best val auc"] = f"{summary.best_auc:.4f}, step {summary.best_step:,}"
+        facts[f"best val auc{first and f', {first}'}"] = f"{summary.best_auc:.4f}, step {summary.best_step:,}"
     if summary.validation is not None:
-        metrics = metric_cells(summary.validation, digits=4)
-        facts |= {f"last val {name}": shown for name, shown in metrics.items()}
-        for label, of in summary.validation.get("labels", {}).items():
-            facts |= {f"last val {name}, {label}": shown for name, shown in metric_cells(of, digits=4).items()}
+        for label, of in {first: summary.validation, **summary.validation.get("labels", {})}.items():
+            shown = metric_cells(of, digits=4).items()
+            facts |= {f"last val {name}{label and f', {label}'}": value for name, value in shown}
     say_facts(f"trained {run}", facts)
     if summary.validation is not None:
         say_undefined(summary.validation, " on the val split")

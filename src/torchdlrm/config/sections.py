@@ -90,6 +90,11 @@ class TrainConfig(Section):
         """The labels that are named; none where it is the first of the schema."""
         return self.labels or ((self.label,) if self.label is not None else ())
 
+    @property
+    def first_of_several(self) -> str:
+        """The label that a run of several is judged by, so that what is shown of it names it; empty with one."""
+        return self.label_names[0] if self.label_names[1:] else ""
+
 
 class TableOptimizerConfig(Section):
     """The tables' optimizer, fused into their backward."""

@@ -44,10 +44,11 @@ def report_page(run: Run) -> str:
         for name, value in environment.items()
         if name not in {"dataset", "warm_start", "started", "command"} and value != []
     ]
+    first = run.config.train.first_of_several
     source = f"Started from {SourceRun(environment['warm_start'])}." if "warm_start" in environment else ""
     parts = [
         Part(text=[text for text in ("" if lines else "Nothing has been logged yet.", source) if text]),
-        *_curves("Learning curves", _by_split(lines)),
+        *_curves("Learning curves", _by_split(lines), first),
         *_judged({"": run}),
         Part("Time of a step by part", rows=_step(run)),
         Part("Config, where it differs from the defaults", [] if changed else ["Nowhere."], rows=changed, wraps=True),
@@ -55,7 +56,7 @@ def report_page(run: Run) -> str:
         *_plan(run),
         Part("Environment", rows=machine, left=("at the start",), wraps=True),
     ]
-    entries = [*_times(run, lines), *_cards(lines)]
+    entries = [*_times(run, lines), *_cards(lines, first)]
     title = f"Run {run.path.resolve().name}"
     return render(title, parts, command=environment.get("command", ""), entries=entries)
 
@@ -75,11 +76,12 @@ def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressL
         name: setting_values(run.config) | {"dataset": run.environment["dataset"]["path"]}
         for name, run in named.items()
     }
+    first = ", ".join(filter(None, dict.fromkeys(run.config.train.first_of_several for run in runs)))
     parts = [
-        Part("Runs", rows=[{"run": name} | dict(_cards(of_run)) for name, of_run in lines.items()]),
+        Part("Runs", rows=[{"run": name} | dict(_cards(of_run, first)) for name, of_run in lines.items()]),
         Part("Settings that differ", rows=_differing(settings), wraps=True),
-        *_curves("Learning curves, val", {name: log["val"] for name, log in logs.items()}),
-        *_curves("Learning curves, train", {name: log["train"] for name, log in logs.items()}),
+        *_curves("Learning curves, val", {name: log["val"] for name, log in logs.items()}, first),
+        *_curves("Learning curves, train", {name: log["train"] for name, log in logs.items()}, first),
         *_judged(named),
     ]
     found = (
@@ -92,9 +94,9 @@ def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressL
     return render(f"{len(runs)} runs", parts, lead=f"{found.verdict}.")
 
 
-def _curves(heading: str, logs: Mapping[str, Sequence[Line]]) -> Iterator[Part]:
-    """Yield the curves of lines by name: of the first label, then of each other."""
-    yield Part(heading, charts=_log_charts(logs))
+def _curves(heading: str, logs: Mapping[str, Sequence[Line]], first: str) -> Iterator[Part]:
+    """Yield the curves of lines by name: of the label that comes first of several, then of each other."""
+    yield Part(f"{heading}{first and f', {first}'}", charts=_log_charts(logs))
     for label in dict.fromkeys(label for lines in logs.values() for line in lines for label in line.get("labels", ())):
         of_label = {
             name: [{**line, **line["labels"][label]} for line in lines if label in line.get("labels", ())]
@@ -107,15 +109,16 @@ def _judged(named: Mapping[str, Run]) -> Iterator[Part]:
     """Yield what is known of the predictions of runs, of which several have names."""
 
     def found(folder: str = "") -> dict[str, dict[str, Any]]:
-        files = ((name, *file) for name, run in named.items() for file in run.evaluations(folder).items())
-        return {f"{name}, {split}" if name else split: content for name, split, content in files}
+        files = ((name, run, *file) for name, run in named.items() for file in run.evaluations(folder).items())
+        # Of several labels a file has the name of a split, or of a split and a label behind the first.
+        paths = ((name, f"{path}.{run.config.train.first_of_several}", content) for name, run, path, content in files)
+        return {", ".join(filter(None, [name, *path.split(".")[:2]])): content for name, path, content in paths}
 
     evaluations = found()
     of_labels = dict[str, dict[str, Any]]()
     for name, result in evaluations.items():
-        where, others = name.removesuffix(f".{result.get('label')}"), result.get("labels", {})
-        of_labels |= {f"{where}, {result['label']}" if others else name: result}
-        of_labels |= {f"{where}, {label}": {**result, **of} for label, of in others.items()}
+        where, others = name.removesuffix(f", {result.get('label')}"), result.get("labels", {})
+        of_labels |= {name: result} | {f"{where}, {label}": {**result, **of} for label, of in others.items()}
     yield Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=_evaluations(of_labels))
     try:
         yield Part(charts=picture_charts(found(FOLDER)))
@@ -158,8 +161,8 @@ def _times(run: Run, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
         yield "until its last line of metrics", show_duration(max(0.0, logged_s[-1] - began_s))
 
 
-def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
-    """Yield the most important values, each with its name."""
+def _cards(lines: Sequence[Line], first: str) -> Iterator[tuple[str, str]]:
+    """Yield the most important values, each with its name, and that of the label that comes first of several."""
     if not lines:
         return
     yield "steps", f"{lines[-1]['step']:,}"
@@ -170,10 +173,10 @@ def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
     for name, caption in _captions().items():
         judged = [line for line in lines if line["split"] == "val" and _is_number(line, name)]
         if judged:
-            yield f"val {caption}, last", show_number(judged[-1][name], 4)
+            yield f"val {caption}, last{first and f', {first}'}", show_number(judged[-1][name], 4)
         if judged and name == BEST:
             best = max(judged, key=lambda line: line[BEST])
-            yield f"val {caption}, best", f"{show_number(best[BEST], 4)} at step {best['step']:,}"
+            yield f"val {caption}, best{first and f', {first}'}", f"{show_number(best[BEST], 4)} at step {best['step']:,}"
 
 
 def _captions() -> dict[str, str]:
@@ -285,7 +288,7 @@ def _dataset(run: Run) -> Iterator[Part]:
         {
             "split": split,
             "rows": f"{record.rows:,}",
-            "click rate": f"{record.clicks_of(dataset.label_name) / record.rows:.4f}" if record.rows else "-",
+            f"click rate{(first := dataset.schema.first_of_several) and f', {first}'}": f"{record.clicks_of(dataset.label_name) / record.rows:.4f}" if record.rows else "-",
         }
         for split, record in dataset.manifest.splits.items()
     ]

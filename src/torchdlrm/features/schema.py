@@ -158,6 +158,11 @@ class FeatureSchema(Frozen):
         """The label that is judged by: the first of those that are learnt."""
         return self.learnt[0]
 
+    @property
+    def first_of_several(self) -> str:
+        """The name of `label` where several are learnt, so that what is shown of it names it; empty where one is."""
+        return self.label.name if len(self.learnt) > 1 else ""
+
     def label_columns(self, name: str) -> tuple[str, ...]:
         """What columns of values are called: `name` of the first label that is learnt, `name_LABEL` of each other."""
         # A server asks for each request: most models have one label, and need not look for it.

@@ -17,9 +17,11 @@ import orjson
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.errors import shown
 from torchdlrm.features.columns import Column, DenseColumn
 
 _BLOCK_ROWS = 1_024
+_NO_NUMBERS = [math.nan]
 
 
 def is_vector(column: Column) -> TypeGuard[DenseColumn]:
@@ -75,12 +77,14 @@ def typed_vectors(cells: pl.Series, column: DenseColumn) -> tuple[pl.Series, NDA
     return typed, ~is_good & (lengths > 0)
 
 
-def cells_of_json(cells: Sequence[Any], column: DenseColumn) -> pl.Series:
-    """Cells of JSON as lists of Float64, for `typed_vectors`; arrays of NumPy and texts of lists too."""
+def cells_of_json(cells: Sequence[Any], column: DenseColumn) -> tuple[pl.Series, dict[int, str]]:
+    """Cells of JSON, arrays of NumPy and texts as lists of Float64; and, by its place, which is no list, in words."""
     nulls = ("", *(column.null_values or ()))
     is_null = [cell is None or (isinstance(cell, str) and cell in nulls) for cell in cells]
     lists = [None if null else _numbers_of(cell) for cell, null in zip(cells, is_null, strict=True)]
-    return pl.Series(column.name, lists, pl.List(pl.Float64))
+    places = [place for place, numbers in enumerate(lists) if numbers is _NO_NUMBERS]
+    faults = {place: f"no list of {column.size} numbers: {shown(cells[place])}" for place in places}
+    return pl.Series(column.name, lists, pl.List(pl.Float64)), faults
 
 
 def plain_rows(cells: Sequence[Any], column: DenseColumn) -> NDArray[np.float32]:
@@ -96,6 +100,6 @@ def _numbers_of(cell: Any) -> list[float]:
         values = (
             orjson.loads(f"[{cell.strip('[ ]')}]") if isinstance(cell, str) else getattr(cell, "tolist", lambda: cell)()
         )
-        if {float, int}.issuperset(map(type, values)):
+        if isinstance(values, list | tuple) and {float, int}.issuperset(map(type, values)):
             return [*map(float, values)]
-    return [math.nan]
+    return _NO_NUMBERS

@@ -99,8 +99,7 @@ def importance(
 
         result = compare_rows(((name, judged(columns)) for name, columns in compared.items()), LOSS)
     ordered = sorted(result.differences, key=lambda name: -result.differences[name][LOSS].difference)
-    named = judged_by if len(schema.learnt) > 1 else None
-    return replace(result, label=named, differences={name: result.differences[name] for name in ordered})
+    return replace(result, label=judged_by if schema.first_of_several else None, differences={name: result.differences[name] for name in ordered})
 
 
 @contextmanager

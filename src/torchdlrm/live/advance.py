@@ -351,6 +351,7 @@ class _Period:
             logs=draft.logs,
             rows=sum(split.rows for split in splits),
             clicks=sum(split.clicks_of(dataset.label_name) for split in splits),
+            label=dataset.schema.first_of_several,
             progressive=draft.progressive,
             features={
                 column.name: self._feature(column, dataset.manifest.sparse[column.name])

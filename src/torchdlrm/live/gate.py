@@ -3,12 +3,12 @@
 In: a log and the bundle of the previous model, which the log has taught nothing yet; then rows of it that were held
 back from learning, and the candidate's bundle.  Out: `scores.parquet`, a row for each row of the log in its order:
 labels, weight (if rows have one), `prediction`, `logit` and `has_unknown` (whether a value of the row has no id), of a
-bad row all null; metrics, and a `GateRecord`.  Of several labels each has a prediction and a logit, and the first is
-the one that models are judged by.
+bad row all null; metrics, and a `GateRecord`.  Of several labels each has a prediction and a logit, and models are
+judged by each.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from torchdlrm.data.splits import SPLIT_NAMES, RandomSplit
 from torchdlrm.errors import LogError
 from torchdlrm.evaluation.split_rows import predict_by_bundle
 from torchdlrm.exporting.recalibrate import JUDGED
+from torchdlrm.features.columns import LabelColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.judged import Judged
 from torchdlrm.judging.reliability import rows_of
-from torchdlrm.live.record import GateRecord, PeriodMetrics, ProgressiveMetrics
+from torchdlrm.live.record import GateRecord, JudgedLabel, PeriodMetrics, ProgressiveMetrics
 from torchdlrm.live.settings import GateSettings
 from torchdlrm.logs.files import LogFile
 from torchdlrm.metrics import LOSS, METRICS, metrics_in, metrics_of
@@ -32,7 +33,6 @@ from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.prediction.scores_out import LOGIT_COLUMN
 from torchdlrm.progress import ProgressListener
-from torchdlrm.ranks import Labels, Scores, Weights
 
 _ENDS = ("_low", "_high")
 _STANDARD_ERRORS = 2.0  # outside a limit by this many is not chance
@@ -82,43 +82,34 @@ def progressive_metrics(scores: pl.DataFrame, schema: FeatureSchema) -> Progress
     """How good the scores of a log are."""
 
     def of(rows: pl.DataFrame) -> PeriodMetrics | None:
-        return metrics_of_scores(rows, schema) if rows.height else None
+        return period_metrics(_judged_scores(rows, schema, schema.label)) if rows.height else None
 
     # One after the other: each takes gigabytes where a log has 100 million rows.
     return ProgressiveMetrics(
-        all=metrics_of_scores(scores, schema),
+        all=period_metrics(_judged_scores(scores, schema, schema.label)),
         known=of(scores.filter(~pl.col(HAS_UNKNOWN_COLUMN))),
         unseen=of(scores.filter(HAS_UNKNOWN_COLUMN)),
-        labels={label.name: metrics_of_scores(scores, schema, label.name) for label in schema.learnt[1:]},
+        labels={label.name: period_metrics(_judged_scores(scores, schema, label)) for label in schema.learnt[1:]},
     )
 
 
-def metrics_of_scores(scores: pl.DataFrame, schema: FeatureSchema, label: str | None = None) -> PeriodMetrics:
-    """The metrics of scores, as `read_scores` gives them, of a label; the first when not given."""
-    logit = LOGIT_COLUMN if label is None else f"{LOGIT_COLUMN}_{label}"
+def _judged_scores(scores: pl.DataFrame, schema: FeatureSchema, label: LabelColumn) -> Judged:
+    """Scores, as `read_scores` gives them, with one of the labels."""
+    logit = LOGIT_COLUMN if label == schema.label else f"{LOGIT_COLUMN}_{label.name}"
     weights = None if schema.weight is None else scores[schema.weight.name].to_numpy()
-    return period_metrics(scores[label or schema.label.name].to_numpy(), scores[logit].to_numpy(), weights)
+    return Judged.of(scores[label.name].to_numpy(), scores[logit].to_numpy(), weights)
 
 
 def period_names() -> list[str]:
     """What `period_metrics` has, in its order."""
-    ends = {False: ("",), True: ("", *_ENDS)}
-    metrics = metrics_in("table")
-    names = [f"{metric.name}{end}" for metric in metrics for end in ends[metric.influence is not None]]
-    return ["rows", "clicks", *names]
+    ends = {metric.name: ("", *_ENDS) if metric.influence else ("",) for metric in metrics_in("table")}
+    return ["rows", "clicks", *(f"{name}{end}" for name in ends for end in ends[name])]
 
 
-def period_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> PeriodMetrics:
-    """What a live model keeps of N rows: their metrics, and the intervals of those whose standard error is known.
-
-    Args:
-        labels: 0 or 1 [N].
-        logits: log-odds of a click [N].
-        weights: of the rows [N].
-    """
-    judged = Judged.of(labels, logits, weights)
+def period_metrics(judged: Judged) -> PeriodMetrics:
+    """What a live model keeps of rows: their metrics, and the intervals of those whose standard error is known."""
     values = metrics_of(judged).as_json()
-    found: PeriodMetrics = {"rows": values["rows"], "clicks": int(np.count_nonzero(labels))}
+    found: PeriodMetrics = {"rows": values["rows"], "clicks": int(np.count_nonzero(judged.labels))}
     for metric in metrics_in("table"):
         found[metric.name] = values[metric.name]
         if metric.influence is not None:
@@ -144,34 +135,32 @@ def judge(
         LogError: the log was another one when it was scored.
     """
     schema, kept = dataset.schema, JUDGED if candidate.manifest.recalibrations else slice(None)
-    names = [label.name for label in schema.learnt]
+    names, found = [label.name for label in schema.learnt], dict[str, JudgedLabel]()
     predictions = predict_by_bundle(candidate, dataset, "val", progress, phase="gate").by_label(names)
-    judged, *others = (rows_of(Judged.of(*of), kept) for of in predictions.values())
-    new = period_metrics(judged.labels, judged.logits, judged.weights)
-    old = increase = increase_error = None
-    if scores is not None:
-        held_back = _held_back(read_scores(scores, schema), dataset)[kept]
-        if not np.array_equal(held_back[schema.label.name].to_numpy(), judged.labels):
+    held_back = None if scores is None else _held_back(read_scores(scores, schema), dataset)[kept]
+    for label, of in zip(schema.learnt, predictions.values(), strict=True):
+        after = rows_of(Judged.of(*of), kept)
+        before = None if held_back is None else _judged_scores(held_back, schema, label)
+        if before is not None and not np.array_equal(before.labels, after.labels):
             msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
             raise LogError(msg)
-        old = metrics_of_scores(held_back, schema)
-        before = Judged.of(judged.labels, held_back[LOGIT_COLUMN].to_numpy(), judged.weights)
-        increase, increase_error, *_ = map(_defined, METRICS[LOSS].difference(before, judged))
-    gate = GateRecord(
-        rows=judged.labels.size,
-        old=old,
-        new=new,
-        calibration_standard_error=_defined(METRICS["calibration"].estimate(judged).standard_error),
+        found[label.name] = judged_label(before, after)
+    reasons = tuple(objections(found, settings))
+    return GateRecord(**dict(found.pop(names[0])), passed=not reasons, reasons=reasons, labels=found)
+
+
+def judged_label(before: Judged | None, after: Judged) -> JudgedLabel:
+    """What a candidate is judged by: how it predicts rows, and how the previous model does, if there is one."""
+    change = (math.nan, math.nan) if before is None else METRICS[LOSS].difference(before, after)
+    increase, increase_error, *_ = map(_defined, change)
+    return JudgedLabel(
+        rows=after.labels.size,
+        old=None if before is None else period_metrics(before),
+        new=period_metrics(after),
+        calibration_standard_error=_defined(METRICS["calibration"].estimate(after).standard_error),
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,
-        passed=True,
-        reasons=(),
-        labels={
-            name: period_metrics(of.labels, of.logits, of.weights) for name, of in zip(names[1:], others, strict=True)
-        },
     )
-    reasons = tuple(objections(gate, settings, names[0] if others else ""))
-    return gate.model_copy(update={"passed": not reasons, "reasons": reasons})
 
 
 def require_same_rows(scores: Path, dataset: Dataset) -> None:
@@ -196,35 +185,40 @@ def _held_back(scores: pl.DataFrame, dataset: Dataset) -> pl.DataFrame:
     return scores.filter(pl.Series(codes == SPLIT_NAMES.index("val")))
 
 
-def objections(gate: GateRecord, settings: GateSettings, label: str = "") -> list[str]:
-    """Sentences that say why a model is not published: what is outside a limit by more than two standard errors.
+def objections(found: Mapping[str, JudgedLabel], settings: GateSettings) -> Iterator[str]:
+    """Yield why a model is not published, by any label: what is outside a limit by more than two standard errors.
 
     That of a calibration is taken relative to it, on the scale of its logarithm: of few clicks it is as large as the
     calibration itself, and still a log without its clicks must not look like one with few rows. A standard error
-    that is not known counts as 0.
+    that is not known counts as 0. Rows of one class judge no model by the first label; of another one, which may be
+    rare, they are surely wrong where a Poisson count of what is expected is above 0 by two standard errors.
     """
-    found, clicks = [], gate.new["clicks"]
-    rows = f"{gate.rows:,} held-back rows" + f" (label {label})" * bool(label)
     low, high = settings.calibration
-    calibration, error = gate.new["calibration"], gate.calibration_standard_error or 0.0
-    if clicks in (0, gate.rows):
-        found.append(f"{'all' if clicks else 'none'} of the {rows} were clicked: rows of one class judge no model")
-    elif calibration is None:
-        found.append(f"the clicks of the {rows} have no weight, so the calibration is not known")
-    else:
-        factor = math.exp(_STANDARD_ERRORS * error / calibration) if calibration else 1.0
-        if calibration * factor < low or calibration / factor > high:
-            found.append(
-                f"the calibration on {rows} is {calibration:.4f} (standard error {error:.4f}), outside {low:g} to "
-                f"{high:g}"
+    for place, (label, judged) in enumerate(found.items()):
+        rows = f"{judged.rows:,} held-back rows" + f" (label {label})" * (len(found) > 1)
+        clicks, calibration = judged.new["clicks"], judged.new["calibration"]
+        error = judged.calibration_standard_error or 0.0
+        if clicks in (0, judged.rows):
+            # A model gives them the probability exp(-rows * logloss), that of none where so many are expected.
+            expected = judged.rows * max(of[LOSS] or 0.0 for of in (judged.old, judged.new) if of) / high
+            but = f", and at least {expected:.1f} {'others' if clicks else 'clicks'} were expected" * (place > 0)
+            if place == 0 or expected > _STANDARD_ERRORS**2:
+                yield f"{'all' if clicks else 'none'} of the {rows} were clicked{but}: rows of one class judge no model"
+        elif calibration is None:
+            yield f"the clicks of the {rows} have no weight, so the calibration is not known"
+        else:
+            factor = math.exp(_STANDARD_ERRORS * error / calibration) if calibration else 1.0
+            if calibration * factor < low or calibration / factor > high:
+                yield (
+                    f"the calibration on {rows} is {calibration:.4f} (standard error {error:.4f}), outside {low:g} to "
+                    f"{high:g}"
+                )
+        increase, error = judged.logloss_increase, judged.logloss_increase_standard_error or 0.0
+        if increase is not None and increase - _STANDARD_ERRORS * error > settings.max_logloss_increase:
+            yield (
+                f"the logloss on {rows} is {judged.new[LOSS]:.5f}, {increase:.5f} (standard error {error:.5f}) above "
+                f"the old model's; {settings.max_logloss_increase:g} is allowed"
             )
-    increase, error = gate.logloss_increase, gate.logloss_increase_standard_error or 0.0
-    if increase is not None and increase - _STANDARD_ERRORS * error > settings.max_logloss_increase:
-        found.append(
-            f"the logloss on {rows} is {gate.new[LOSS]:.5f}, {increase:.5f} (standard error {error:.5f}) above the "
-            f"old model's; {settings.max_logloss_increase:g} is allowed"
-        )
-    return found
 
 
 def _defined(value: float) -> float | None:

@@ -7,9 +7,9 @@ never come out the same twice.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from torchdlrm.errors import LiveError
 from torchdlrm.files import write_atomically
@@ -71,19 +71,16 @@ class FeatureRecord(Record):
     unseen_fraction: float | None
 
 
-class GateRecord(Record):
-    """Whether a candidate was good enough to be published.
+class JudgedLabel(Record):
+    """How a candidate predicts a label of rows that were held back from learning.
 
     Attributes:
-        rows: held back from learning, which it was judged on.
+        rows: which it was judged on.
         old: how the base predicted them; None for the first period.
         new: how the candidate predicts them.
         calibration_standard_error: of the candidate's calibration; None where that is not defined.
         logloss_increase: of the candidate's logloss above the base's, in nats; None for the first period.
         logloss_increase_standard_error: of the mean of the rows' differences.
-        passed: whether it was good enough.
-        reasons: sentences that say why not.
-        labels: how the candidate predicts each label but the first, by its name; it is not judged by these.
     """
 
     rows: int
@@ -92,9 +89,26 @@ class GateRecord(Record):
     calibration_standard_error: float | None
     logloss_increase: float | None
     logloss_increase_standard_error: float | None
+
+
+def _judged(found: Any) -> Any:
+    """A label as it is judged now; of a gate that judged by the first label alone it has the metrics, by themselves."""
+    is_old = isinstance(found, dict) and "rows" in found and "new" not in found
+    return dict.fromkeys(JudgedLabel.model_fields) | {"rows": found["rows"], "new": found} if is_old else found
+
+
+class GateRecord(JudgedLabel):
+    """Whether a candidate was good enough to be published: what it was judged by, of several labels the first.
+
+    Attributes:
+        passed: whether it was good enough, by all labels.
+        reasons: sentences that say why not.
+        labels: the same of each other label, by its name.
+    """
+
     passed: bool
     reasons: tuple[str, ...]
-    labels: dict[str, PeriodMetrics] = Field({}, exclude_if=lambda labels: not labels)
+    labels: dict[str, Annotated[JudgedLabel, BeforeValidator(_judged)]] = Field({}, exclude_if=lambda labels: not labels)
 
 
 class PeriodRecord(Record):
@@ -106,6 +120,7 @@ class PeriodRecord(Record):
         logs: the files.
         rows: of the log, without bad ones.
         clicks: of these.
+        label: which of several the clicks are, and all metrics that no name stands at; empty where there is one.
         progressive: how the base predicted the log before it was learnt from; None for the first period.
         features: the sparse features by name.
         gate: whether the candidate was good enough.
@@ -123,6 +138,7 @@ class PeriodRecord(Record):
     logs: tuple[LogRecord, ...]
     rows: int
     clicks: int
+    label: str = Field("", exclude_if=lambda label: not label)
     progressive: ProgressiveMetrics | None
     features: dict[str, FeatureRecord]
     gate: GateRecord

@@ -6,10 +6,10 @@ In: the records of its periods.  Out: HTML, in the style of a run's page: no scr
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from statistics import fmean, median
-from typing import get_args
+from typing import Any, get_args
 
 from torchdlrm.html import COLOURS, Chart, Curve, Part, curve_chart, render, short
-from torchdlrm.live.record import FeatureRecord, PeriodMetrics, PeriodRecord, StepName, StepTime
+from torchdlrm.live.record import PeriodRecord, StepName, StepTime
 from torchdlrm.metrics import BEST, LOSS, METRICS, Metric, metrics_in
 from torchdlrm.units import show_bytes, show_number
 
@@ -54,17 +54,18 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
         _vocabularies("values that came and went", periods[1:], _CHANGES),
     ]
     cost = _drawn([_seconds(periods, times), _published_bytes(periods)])
+    whose = periods[-1].label and f", {periods[-1].label}"
     rows = [_period(record, times.get(record.period, {}), current) for record in reversed(periods)]
     parts = [
         Part(
-            "How well each log was predicted before it was learnt from, by period",
+            f"How well each log was predicted before it was learnt from, by period{whose}",
             [_HOW if progressive else "Nothing yet: the first period has no model before it."],
             progressive,
         ),
-        Part("The gate, by period", [*(failures or ["All periods passed."]), *recalibrated], _drawn([_gate(periods)])),
+        Part("The gate, by period", [*(failures or ["All periods passed."]), *recalibrated], _drawn(_gates(periods))),
         Part("Values that come and go, by period", charts=_drawn(values), rows=_features(periods)),
         Part("Time and size, by period", charts=cost, rows=_steps(periods, times)),
-        Part("All periods", rows=rows, left=("log", "published")),
+        Part(f"All periods{whose}", rows=rows, left=("log", "published")),
     ]
     return render(title, parts, entries=_cards(periods, current))
 
@@ -78,31 +79,27 @@ def _cards(periods: Sequence[PeriodRecord], current: int | None) -> Iterator[tup
     judged = [(record.period, metrics) for record in periods if (metrics := _metrics(record))]
     if judged:
         period, metrics = judged[-1]
+        whose = periods[-1].label and f", {periods[-1].label}"
         best, recent = METRICS[BEST], [value for _, each in judged if (value := each.get(BEST)) is not None][-_RECENT:]
-        yield f"{best.label} of period {period}, before learning from it", _shown(metrics, best)
+        yield f"{best.label} of period {period}, before learning from it{whose}", _shown(metrics, best)
         if len(recent) > 1:
-            yield f"mean {best.label} of the last {len(recent)} periods", show_number(fmean(recent), best.digits)
+            yield f"mean {best.label} of the last {len(recent)} periods{whose}", show_number(fmean(recent), best.digits)
         for metric in metrics_in("table"):
             if metric.target is not None:
-                yield f"{metric.label} of period {period}", _shown(metrics, metric)
-        for label, others in _labels(periods[-1]).items():
-            yield f"{best.label} of {label}, period {periods[-1].period}", _shown(others, best)
+                yield f"{metric.label} of period {period}{whose}", _shown(metrics, metric)
+        for label, others in _metrics(periods[-1], "labels").items():
+            yield f"{best.label} of period {periods[-1].period}, before learning from it, {label}", _shown(others, best)
     failed = sum(not record.gate.passed for record in periods)
     if failed:
         yield "periods that did not pass the gate", f"{failed:,}"
 
 
-def _metrics(record: PeriodRecord, rows: str = "all") -> PeriodMetrics:
-    """What is known of these rows of a log before it was learnt from; empty where nothing is."""
+def _metrics(record: PeriodRecord, rows: str = "all") -> Mapping[str, Any]:
+    """What is known of rows of a log before it was learnt from, or of its other `labels`; empty where nothing is."""
     return getattr(record.progressive, rows, None) or {}
 
 
-def _labels(record: PeriodRecord) -> Mapping[str, PeriodMetrics]:
-    """The same of each label but the first, of all rows."""
-    return {} if record.progressive is None else record.progressive.labels
-
-
-def _shown(metrics: PeriodMetrics, metric: Metric, end: str = "") -> str:
+def _shown(metrics: Mapping[str, Any], metric: Metric, end: str = "") -> str:
     """A metric as text, or an end of its interval."""
     return show_number(metrics.get(metric.name + end), metric.digits)
 
@@ -162,25 +159,23 @@ def _progressive(periods: Sequence[PeriodRecord], metric: Metric) -> Chart | Non
     return _chart(metric.caption, periods, curves, interval, mark=metric.target)
 
 
-def _gate(periods: Sequence[PeriodRecord]) -> Chart | None:
-    gates = [record.gate for record in periods]
-    curves = {
-        "the previous model": [(gate.old or {}).get(LOSS) for gate in gates],
-        "the new model": [gate.new.get(LOSS) for gate in gates],
-    }
-    return _chart(f"{METRICS[LOSS].caption}, of the rows held back", periods, curves)
+def _gates(periods: Sequence[PeriodRecord]) -> Iterator[Chart | None]:
+    """Yield a chart of each label."""
+    for label in (periods[-1].label, *periods[-1].gate.labels):
+        gates = [record.gate.labels.get(label, record.gate) for record in periods]
+        curves = {
+            "the previous model": [(gate.old or {}).get(LOSS) for gate in gates],
+            "the new model": [gate.new.get(LOSS) for gate in gates],
+        }
+        yield _chart(f"{METRICS[LOSS].caption}, of the rows held back{label and f', {label}'}", periods, curves)
 
 
 def _unseen(periods: Sequence[PeriodRecord]) -> Chart | None:
-    features = {name: [record.features[name].unseen_fraction for record in periods] for name in _newest(periods)}
+    features = {name: [record.features[name].unseen_fraction for record in periods] for name in periods[-1].features}
     most = sorted(features, key=lambda name: -(_percent(features[name]) or 0.0))[:_MAX_FEATURES]
     curves = {name: [_percent([fraction]) for fraction in features[name]] for name in most}
     mean = [_mean_unseen_percent(record) for record in periods]
     return _chart("unknown values, % of all values of a log", periods, {"all features": mean} | curves)
-
-
-def _newest(periods: Sequence[PeriodRecord]) -> Mapping[str, FeatureRecord]:
-    return periods[-1].features if periods else {}
 
 
 def _mean_unseen_percent(record: PeriodRecord) -> float | None:
@@ -249,7 +244,7 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
         "rows": f"{record.rows:,}",
         "click rate": show_number(record.clicks / record.rows if record.rows else None, 4),
         **shown,
-        **{f"{METRICS[BEST].label} {label}": _shown(of, METRICS[BEST]) for label, of in _labels(record).items()},
+        **{f"{METRICS[BEST].label} {label}": _shown(of, METRICS[BEST]) for label, of in _metrics(record, "labels").items()},
         "unknown %": show_number(_mean_unseen_percent(record), 2),
         "gate: before": _shown(record.gate.old or {}, loss),
         "gate: after": _shown(record.gate.new, loss),
@@ -262,7 +257,7 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
 def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
     """The sparse features in the newest period, and over all of them."""
     rows = []
-    for name, newest in _newest(periods).items():
+    for name, newest in periods[-1].features.items():
         records = [record.features[name] for record in periods]
         rows.append(
             {

@@ -103,10 +103,13 @@ def changed_settings(path: Path, changes: LiveSettings) -> LiveSettings:
     Raises:
         LiveError: the file cannot be read, or is wrong; every problem in one message.
     """
-    raw = read_toml(path, LiveError) if path.exists() else {}
     try:
+        raw = read_toml(path, LiveError) if path.exists() else {}
         LiveSettings.model_validate(raw)
         return LiveSettings.model_validate(_merged(raw, changes.model_dump(exclude_unset=True)))
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise LiveError(msg) from error
     except ValidationError as error:
         lines = [f"  {_described(item)}" for item in error.errors(include_url=False)]
         raise LiveError("\n".join([f"{path}: the settings are wrong:", *lines])) from error

@@ -25,7 +25,7 @@ from typing import Any, overload
 import polars as pl
 
 from torchdlrm.errors import RowError, shown
-from torchdlrm.features.bad_rows import REASONS, BadRows
+from torchdlrm.features.bad_rows import REASONS, BadRow, BadRows
 from torchdlrm.features.casts import without_null_values
 from torchdlrm.features.cells import text_frame, to_typed_columns, typed_cells, written_cells
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn
@@ -200,7 +200,10 @@ class RowReader:
         bad_rows = BadRows()
         layout = self._schema.with_columns([column])
         if is_vector(column):
-            text = cells_of_json(cells, column).to_frame()
+            lists, faults = cells_of_json(cells, column)
+            for i, fault in faults.items():
+                bad_rows.add(column.kind, 1, [BadRow(line=i + 1, column=column.name, value=fault)])
+            text = lists.to_frame()
         elif isinstance(column, SparseColumn) and column.is_multi_valued:
             lists = [_list(cell, column, i) for i, cell in enumerate(cells)]
             text = pl.DataFrame({column.name: lists}, schema={column.name: pl.List(pl.String)})

@@ -4,24 +4,24 @@ import numpy as np
 import pytest
 
 from torchdlrm.judged import Judged
-from torchdlrm.live.gate import objections, period_metrics
-from torchdlrm.live.record import GateRecord
+from torchdlrm.live.gate import judged_label, objections, period_metrics
+from torchdlrm.live.record import JudgedLabel
 from torchdlrm.live.settings import GateSettings
 from torchdlrm.metrics import METRICS
 
+OPEN = GateSettings(max_logloss_increase=1e9, calibration=(0.0, 1e9))
+
 
 def judged(calibration, calibration_error, increase=None, increase_error=None, clicks=240):
-    """The record of a gate whose metrics were these."""
-    metrics = period_metrics(np.array([0, 1]), np.array([-1.0, 1.0]))
-    return GateRecord(
+    """What a model is judged by whose metrics are these."""
+    metrics = period_metrics(Judged.of(np.array([0, 1]), np.array([-1.0, 1.0])))
+    return JudgedLabel(
         rows=972,
         old=None if increase is None else metrics,
         new=metrics | {"calibration": calibration, "clicks": clicks},
         calibration_standard_error=calibration_error,
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,
-        passed=True,
-        reasons=(),
     )
 
 
@@ -43,11 +43,31 @@ def judged(calibration, calibration_error, increase=None, increase_error=None, c
     ],
 )
 def test_what_is_outside_a_limit_by_two_standard_errors_is_objected_to(gate, said):
-    found = objections(gate, GateSettings())
+    found = list(objections({"click": gate}, GateSettings()))
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
     named = [text.replace("held-back rows", "held-back rows (label click)") for text in found]
-    assert objections(gate, GateSettings(), "click") == named
+    assert list(objections({"click": gate, "purchase": judged(1.0, 0.1)}, GateSettings())) == named
+    if gate.new["clicks"] == 240:
+        named = [text.replace("click)", "purchase)") for text in named]
+        assert list(objections({"click": judged(1.0, 0.1), "purchase": gate}, GateSettings())) == named
+
+
+@pytest.mark.parametrize("by_old", [True, False])
+@pytest.mark.parametrize("clicks", [0, 1_000])
+def test_rows_of_one_class_are_no_objection_by_a_rare_label_where_they_may_be_chance(clicks, by_old):
+    """Of 1,000 rows with 0.6 % each, 6 are expected, and with the highest calibration that is allowed 4.8."""
+    click = judged(1.0, 0.05)
+    for rate, said in ((0.004, ""), (0.006, "and at least 4.8 clicks were expected"), (0.02, "at least 16.2")):
+        labels, sure = np.full(1_000, clicks // 1_000), np.full(1_000, 9.0 if clicks else -9.0)
+        likely = np.full(1_000, np.log((1 - rate) / rate if clicks else rate / (1 - rate)))
+        old, new = (Judged.of(labels, logits) for logits in ((likely, sure) if by_old else (sure, likely)))
+        found = [*objections({"click": click, "purchase": judged_label(old, new)}, GateSettings())]
+        of_class = [text for text in found if "of the 1,000 held-back rows (label purchase) were clicked" in text]
+        assert len(of_class) == bool(said)
+        assert said.replace("clicks", "others" if clicks else "clicks") in "".join(of_class)
+        assert len([*objections({"purchase": judged_label(old, new)}, GateSettings())]) >= 1, "the first label"
+        assert not [*objections({"click": click, "purchase": judged_label(None, new)}, OPEN)]
 
 
 def test_a_log_that_lacks_its_clicks_is_told_from_one_with_few_rows():
@@ -55,8 +75,8 @@ def test_a_log_that_lacks_its_clicks_is_told_from_one_with_few_rows():
     for num_rows, num_objections in ((1_000, 1), (8, 0)):
         labels, logits = np.eye(1, num_rows)[0], np.full(num_rows, -1.0)
         metrics, error = (
-            period_metrics(labels, logits),
+            period_metrics(Judged.of(labels, logits)),
             METRICS["calibration"].estimate(Judged.of(labels, logits)).standard_error,
         )
         assert error > 0.9 * metrics["calibration"]
-        assert len(objections(judged(metrics["calibration"], error), GateSettings())) == num_objections
+        assert len(list(objections({"click": judged(metrics["calibration"], error)}, GateSettings()))) == num_objections

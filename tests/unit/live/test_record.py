@@ -1,11 +1,14 @@
 """What a live model keeps of its periods and of its settings is read as it was written, or told what is wrong."""
 
+import json
+
 import pytest
 
 from torchdlrm.errors import LiveError
 from torchdlrm.live.record import (
     FeatureRecord,
     GateRecord,
+    JudgedLabel,
     LogRecord,
     PeriodRecord,
     ProgressiveMetrics,
@@ -54,6 +57,22 @@ def test_the_last_format_is_read_and_a_metric_of_a_later_version_is_kept(tmp_pat
     assert "of_tomorrow" in record.progressive.all
     record.write(tmp_path)
     assert path.read_text() == text
+
+
+def test_a_label_that_an_older_gate_did_not_judge_has_its_metrics(tmp_path):
+    first = RECORD.gate.model_dump(exclude={"passed", "reasons", "labels"})
+    gate = RECORD.gate.model_copy(update={"labels": {"purchase": JudgedLabel(**first)}})
+    RECORD.model_copy(update={"format_version": 4, "label": "click", "gate": gate}).write(tmp_path)
+    assert PeriodRecord.read(tmp_path).gate == gate
+    path = tmp_path / "period.json"
+    record = json.loads(path.read_text())
+    record["gate"]["labels"]["purchase"] = METRICS
+    del record["label"]
+    path.write_text(json.dumps(record))
+    old = PeriodRecord.read(tmp_path)
+    assert (old.label, old.gate.labels["purchase"].new, old.gate.labels["purchase"].old) == ("", METRICS, None)
+    old.write(tmp_path)
+    assert PeriodRecord.read(tmp_path) == old
 
 
 def test_a_damaged_record_is_told_with_its_file_and_key(tmp_path):

@@ -124,21 +124,24 @@ def _text_frame(
         allowed: set[type] = set()
         if isinstance(column, Feature) and column.is_multi_valued:
             allowed = {list} if column.weight_separator is None else _NESTED
-        refused = set(map(type, cells)) & (_NESTED - allowed)
-        for i in [i for i, cell in enumerate(cells) if type(cell) in refused] if refused else []:
+        refused, faults = set(map(type, cells)) & (_NESTED - allowed), dict[int, str]()
+        if is_vector(column):
+            reason, (read, faults) = column.kind, cells_of_json(cells, column)
+        else:
+            reason, read = "nested", _text_column(cells, column)
+            if refused:
+                faults = {i: orjson.dumps(cell).decode() for i, cell in enumerate(cells) if type(cell) in refused}
+        for i, value in faults.items():
             if fine[numbers[i]]:
                 fine[numbers[i]] = False
-                value = orjson.dumps(cells[i]).decode()
-                bad_rows.add("nested", 1, [BadRow(line=int(numbers[i]) + 1, column=column.name, value=value)])
-        columns.append(_text_column(cells, column))
+                bad_rows.add(reason, 1, [BadRow(line=int(numbers[i]) + 1, column=column.name, value=value)])
+        columns.append(read)
     frame = pl.DataFrame(columns)
     return frame if fine[numbers].all() else frame.filter(pl.Series(fine[numbers]))
 
 
 def _text_column(cells: Sequence[Any], column: Column) -> pl.Series:
-    """Cells as a text log has them: String, or lists of it; or of the numbers of vectors."""
-    if is_vector(column):
-        return cells_of_json(cells, column)
+    """Cells as a text log has them: String, or lists of it."""
     if isinstance(column, SparseColumn) and column.is_multi_valued:
         return pl.Series(column.name, [_values(cell, column) for cell in cells], pl.List(pl.String))
     types = set(map(type, cells)) - {_MISSING}

@@ -1,5 +1,7 @@
 // Text of a log -> rows. Cells stay text: what is a number is for the server to say, and no digit gets lost on the way.
 
+const NUMBER = String.raw`-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?`, LIST = `\\[\\s*${NUMBER}(\\s*,\\s*${NUMBER})*\\s*\\]`;
+const AS_WRITTEN = { int: new RegExp(`^${NUMBER}$`), float: new RegExp(`^${NUMBER}$`), vector: new RegExp(`^${LIST}$`) };
 const SEPARATOR_NAMES = { "\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", " ": "spaces" };
 
 /** Text that is no row of this log; the message says which line and why. */
@@ -26,6 +28,7 @@ export function eventOf(schema) {
 /** A cell of an example row as text. */
 export function cellText(column, value) {
   if (value === null || value === undefined) return "";
+  if (column.size) return JSON.stringify(value);
   return Array.isArray(value) ? value.join(column.value_separator ?? ",") : String(value);
 }
 
@@ -49,8 +52,7 @@ function cellJson(column, text) {
 
 function valueJson(column, text) {
   // As written: Number() would round integers beyond 2^53.
-  const isNumber = column.kind === "int" || column.kind === "float";
-  return isNumber && /^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$/.test(text) ? text : JSON.stringify(text);
+  return AS_WRITTEN[column.kind]?.test(text) ? text : JSON.stringify(text);
 }
 
 /**

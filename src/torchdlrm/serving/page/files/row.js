@@ -15,11 +15,12 @@ export function startRow(schema, onError) {
   const form = byId("row-form");
   let running = new AbortController(), timer = 0, showsAll = false, contributions = [];
 
-  for (const [role, title, [one, many]] of [["dense", "Dense", ["number", "numbers"]], ["sparse", "Sparse", ["category", "categories"]]]) {
-    const columns = features.filter((column) => column.role === role);
-    const grid = element("div", { className: `fields ${role}` });
+  const groups = [["dense", "Dense", "number", "numbers"], ["vector", "Content", "vector", "vectors"], ["sparse", "Sparse", "category", "categories"]];
+  for (const [group, title, one, many] of groups) {
+    const columns = features.filter((column) => (column.size ? "vector" : column.role) === group);
+    const grid = element("div", { className: `fields ${group}` });
     for (const column of columns) grid.append(makeField(column, fields));
-    byId("fields").append(element("fieldset", {},
+    if (columns.length > 0 || group !== "vector") byId("fields").append(element("fieldset", {},
       element("legend", {}, title, element("span", {}, ` ${columns.length} ${columns.length === 1 ? one : many}`)), grid));
   }
   schema.examples.forEach((example, i) => {
@@ -156,17 +157,17 @@ function markUnknown(input, isUnknown) {
 }
 
 function makeField(column, fields) {
-  const input = element("input", {
+  const input = element(column.size ? "textarea" : "input", {
     id: `field-${column.name}`, placeholder: column.never_missing ? "the mean" : "missing", spellcheck: false, autocomplete: "off",
     inputMode: column.kind === "float" ? "decimal" : "text",
   });
-  let hint = column.value_separator ? `${column.kind}, values between “${column.value_separator}”` : column.kind;
+  let hint = column.size ? `a list of ${column.size} numbers` : column.value_separator ? `${column.kind}, values between “${column.value_separator}”` : column.kind;
   if (column.never_missing) hint += ", never missing in training: the mean stands for it";
   input.title = hint ?? "";
   fields.set(column.name, input);
-  const label = element("label", { textContent: column.name, title: `${column.name}: ${hint}` });
+  const label = element("label", { textContent: column.size ? `${column.name}, ${column.size} numbers` : column.name, title: `${column.name}: ${hint}` });
   label.htmlFor = input.id;
-  return element("div", { className: column.value_separator ? "field long" : "field" }, label, input);
+  return element("div", { className: column.size ? "field whole" : column.value_separator ? "field long" : "field" }, label, input);
 }
 
 function pasteHint(schema, features) {
