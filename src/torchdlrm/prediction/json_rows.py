@@ -200,10 +200,10 @@ class RowReader:
         bad_rows = BadRows()
         layout = self._schema.with_columns([column])
         if is_vector(column):
-            lists, faults = cells_of_json(cells, column)
+            vectors, faults = cells_of_json(cells, column)
             for i, fault in faults.items():
                 bad_rows.add(column.kind, 1, [BadRow(line=i + 1, column=column.name, value=fault)])
-            text = lists.to_frame()
+            text = vectors.to_frame()
         elif isinstance(column, SparseColumn) and column.is_multi_valued:
             lists = [_list(cell, column, i) for i, cell in enumerate(cells)]
             text = pl.DataFrame({column.name: lists}, schema={column.name: pl.List(pl.String)})

@@ -126,14 +126,15 @@ def _text_frame(
             allowed = {list} if column.weight_separator is None else _NESTED
         refused, faults = set(map(type, cells)) & (_NESTED - allowed), dict[int, str]()
         if is_vector(column):
-            reason, (read, faults) = column.kind, cells_of_json(cells, column)
+            read, faults = cells_of_json(cells, column)
         else:
-            reason, read = "nested", _text_column(cells, column)
+            read = _text_column(cells, column)
             if refused:
                 faults = {i: orjson.dumps(cell).decode() for i, cell in enumerate(cells) if type(cell) in refused}
         for i, value in faults.items():
             if fine[numbers[i]]:
                 fine[numbers[i]] = False
+                reason = column.kind if is_vector(column) else "nested"
                 bad_rows.add(reason, 1, [BadRow(line=int(numbers[i]) + 1, column=column.name, value=value)])
         columns.append(read)
     frame = pl.DataFrame(columns)
