@@ -64,7 +64,7 @@ def test_a_period_scores_every_label_and_is_judged_by_each(live, dlrm):
     assert whole["labels"]["purchase"]["auc"] == pytest.approx(purchase.new["auc"])
     assert purchase.logloss_increase == pytest.approx(purchase.new["logloss"] - purchase.old["logloss"])
     page = report_page("shop", [PeriodRecord.read(live / "days/0001"), record], {}, 2)
-    assert all(page.count(f"of the rows held back, {label}<") == 1 for label in two_labels.LABELS)
+    assert all(f"of the rows held back, {label}<" in page for label in two_labels.LABELS)
     assert "by period, click</h2>" in page
 
 
@@ -76,7 +76,8 @@ def test_a_model_that_is_surely_worse_by_any_label_is_refused(live, tmp_path, go
         scores = scores.with_columns((8.0 * pl.col(gone_wrong) - 4.0).cast(pl.Float32).alias(logit))
     scores.write_parquet(tmp_path / "scores.parquet")
     dataset = Dataset.open(day / "dataset").with_labels(two_labels.LABELS)
-    gate = judge(Bundle.open(live / "bundles/0002"), dataset, tmp_path / "scores.parquet", WIDE, SILENT)
+    settings = WIDE.model_copy(update={"max_logloss_increase": 0.1})
+    gate = judge(Bundle.open(live / "bundles/0002"), dataset, tmp_path / "scores.parquet", settings, SILENT)
     assert gate.passed is (gone_wrong is None)
     assert [f"rows (label {gone_wrong}) is" in text for text in gate.reasons] == [True] * (gone_wrong is not None)
 

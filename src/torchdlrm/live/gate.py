@@ -142,8 +142,9 @@ def judge(
         after = rows_of(Judged.of(*of), kept)
         before = None if held_back is None else _judged_scores(held_back, schema, label)
         if before is not None and not np.array_equal(before.labels, after.labels):
-            msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
-            raise LogError(msg)
+            raise LogError(
+                f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
+            )
         found[label.name] = judged_label(before, after)
     reasons = tuple(objections(found, settings))
     return GateRecord(**dict(found.pop(names[0])), passed=not reasons, reasons=reasons, labels=found)

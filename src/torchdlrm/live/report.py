@@ -244,7 +244,10 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
         "rows": f"{record.rows:,}",
         "click rate": show_number(record.clicks / record.rows if record.rows else None, 4),
         **shown,
-        **{f"{METRICS[BEST].label} {label}": _shown(of, METRICS[BEST]) for label, of in _metrics(record, "labels").items()},
+        **{
+            f"{METRICS[BEST].label} {label}": _shown(of, METRICS[BEST])
+            for label, of in _metrics(record, "labels").items()
+        },
         "unknown %": show_number(_mean_unseen_percent(record), 2),
         "gate: before": _shown(record.gate.old or {}, loss),
         "gate: after": _shown(record.gate.new, loss),

@@ -108,8 +108,7 @@ def changed_settings(path: Path, changes: LiveSettings) -> LiveSettings:
         LiveSettings.model_validate(raw)
         return LiveSettings.model_validate(_merged(raw, changes.model_dump(exclude_unset=True)))
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise LiveError(msg) from error
+        raise LiveError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
         lines = [f"  {_described(item)}" for item in error.errors(include_url=False)]
         raise LiveError("\n".join([f"{path}: the settings are wrong:", *lines])) from error
