@@ -82,7 +82,9 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         {
             "checkpoint": f"step {step:,}",
             "epoch": "-" if about["epoch"] is None else str(about["epoch"]),
-            f"best val AUC so far{first and f', {first}'}": "-" if about["best_auc"] is None else f"{about['best_auc']:.4f}",
+            f"best val AUC so far{first and f', {first}'}": "-"
+            if about["best_auc"] is None
+            else f"{about['best_auc']:.4f}",
             "files": about["damage"] or "undamaged",
         }
         for step, about in content["checkpoints"].items()

@@ -176,7 +176,10 @@ def _cards(lines: Sequence[Line], first: str) -> Iterator[tuple[str, str]]:
             yield f"val {caption}, last{first and f', {first}'}", show_number(judged[-1][name], 4)
         if judged and name == BEST:
             best = max(judged, key=lambda line: line[BEST])
-            yield f"val {caption}, best{first and f', {first}'}", f"{show_number(best[BEST], 4)} at step {best['step']:,}"
+            yield (
+                f"val {caption}, best{first and f', {first}'}",
+                f"{show_number(best[BEST], 4)} at step {best['step']:,}",
+            )
 
 
 def _captions() -> dict[str, str]:
@@ -280,6 +283,7 @@ def _dataset(run: Run) -> Iterator[Part]:
         yield Part("Dataset", [f"{path}, no longer there or changed; sha256 of its dataset.json: {sha256}"])
         return
     num_rows, labels = sum(dataset.table_rows.values()), ", ".join(label.name for label in dataset.schema.learnt)
+    rate = f"click rate{(first := dataset.schema.first_of_several) and f', {first}'}"
     about = (
         f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and "
         f"{len(dataset.sparse_names)} sparse features, {num_rows:,} rows in all tables; label {labels}"
@@ -288,7 +292,7 @@ def _dataset(run: Run) -> Iterator[Part]:
         {
             "split": split,
             "rows": f"{record.rows:,}",
-            f"click rate{(first := dataset.schema.first_of_several) and f', {first}'}": f"{record.clicks_of(dataset.label_name) / record.rows:.4f}" if record.rows else "-",
+            rate: f"{record.clicks_of(dataset.label_name) / record.rows:.4f}" if record.rows else "-",
         }
         for split, record in dataset.manifest.splits.items()
     ]

@@ -99,7 +99,11 @@ def importance(
 
         result = compare_rows(((name, judged(columns)) for name, columns in compared.items()), LOSS)
     ordered = sorted(result.differences, key=lambda name: -result.differences[name][LOSS].difference)
-    return replace(result, label=judged_by if schema.first_of_several else None, differences={name: result.differences[name] for name in ordered})
+    return replace(
+        result,
+        label=judged_by if schema.first_of_several else None,
+        differences={name: result.differences[name] for name in ordered},
+    )
 
 
 @contextmanager
