@@ -15,6 +15,7 @@ from torchdlrm.bundle.apply import apply_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest
 from torchdlrm.errors import BundleError, StorageError
+from torchdlrm.exporting.formats import export_as
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.storage import mirror, objects
 from torchdlrm.storage.places import located
@@ -54,6 +55,9 @@ def test_a_bundle_at_a_url_predicts_as_its_copy_on_a_disk_does(bucket, far, peri
     assert len(fetched) == len(bytes_of(f"{bucket}/bundle")), "each file once"
     wanted = Predictor.open(periods / "0001").predict(ROWS)
     assert all(np.array_equal(predictor.predict(ROWS), wanted) for predictor in opened)
+    objects.write(f"{bucket}/model.onnx", b"another's")
+    with pytest.raises(BundleError, match="is there already"):
+        export_as(f"{bucket}/bundle", f"{bucket}/model.onnx", "onnx")
 
 
 def test_a_damaged_object_is_named(bucket, periods):

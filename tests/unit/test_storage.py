@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from helpers.buckets import bytes_of, far_away
-from torchdlrm.errors import StorageError
+from torchdlrm.errors import StorageError, UserError
 from torchdlrm.files import publish_folder, remove_folder, replacing, write_atomically
+from torchdlrm.prediction.scores_out import check_name
+from torchdlrm.progress import SilentProgress
 from torchdlrm.storage import mirror, objects
 from torchdlrm.storage.objects import ChangedError
 from torchdlrm.storage.places import located, shown, url_of, with_paths, with_urls
@@ -61,6 +63,17 @@ def test_what_is_complete_is_in_the_bucket(bucket, tmp_path):
     assert not located(f"{bucket}/other").exists()
 
 
+class Told(SilentProgress):
+    def __init__(self):
+        self.phases, self.done = [], 0
+
+    def start_phase(self, name, total, **_):
+        self.phases.append((name, total))
+
+    def advance(self, amount, **_):
+        self.done += amount
+
+
 def test_the_cache_follows_the_bucket_and_fetches_nothing_twice(bucket, s3, monkeypatch):
     with far_away(s3) as faults:
         for name, value in faults.environment.items():
@@ -68,11 +81,13 @@ def test_the_cache_follows_the_bucket_and_fetches_nothing_twice(bucket, s3, monk
         for name in ("a/1", "a/2", "b/1"):
             objects.write(f"{bucket}/d/{name}", name.encode())
         folder = located(f"{bucket}/d")
-        mirror.fetch(folder, ["a/*"])
+        seen = Told()
+        mirror.fetch(folder, ["a/*"], seen)
         assert sorted(path.name for path in folder.rglob("*")) == ["1", "2", "a", "b"]
         mirror.fetch(folder)
         faults.requests.clear()
-        mirror.fetch(folder)
+        mirror.fetch(folder, progress=seen)
+        assert (seen.phases, seen.done) == ([("fetch", 6)], 6), "what is here already is no phase"
         assert len(faults.requests) == 1, "to look costs one request"
         objects.write(f"{bucket}/d/a/1", b"new")
         objects.delete(f"{bucket}/d/b/1")
@@ -82,6 +97,15 @@ def test_the_cache_follows_the_bucket_and_fetches_nothing_twice(bucket, s3, monk
         (folder / "a/2").write_bytes(b"damaged")
         mirror.fetch(folder)
         assert (folder / "a/2").read_bytes() == b"a/2"
+
+
+def test_scores_for_no_bucket_or_for_a_folder_are_refused_before_any_is_predicted(bucket):
+    check_name(located(f"{bucket}/scores.csv"))
+    objects.write(f"{bucket}/scores.csv/part-0", b"1")
+    with pytest.raises(UserError, match="is a folder"):
+        check_name(located(f"{bucket}/scores.csv"))
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/scores.csv: .* no such bucket"):
+        check_name(located("s3://no-such-bucket/scores.csv"))
 
 
 def test_the_cache_is_bounded(bucket, monkeypatch):

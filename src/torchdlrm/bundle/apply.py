@@ -112,8 +112,8 @@ def apply_delta(
             "give that bundle, or the delta that was exported to this one"
         )
         raise BundleError(msg)
-    mirror.fetch(base)
     with watched(progress) as listener, complete_folder(out) as folder:
+        mirror.fetch(base, progress=listener)
         require_space(folder, sum(record.size_bytes for record in change.result.files.values()))
         try:
             # Indexes are built from vocabularies.

@@ -146,7 +146,7 @@ class Bundle:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
             raise BundleError(msg)
         manifest.check_names(path)
-        path = mirror.fetch(path, map(escape, manifest.files))
+        path = mirror.fetch(path, map(escape, manifest.files), progress)
         for name, record in manifest.files.items():
             record.check_size(path, name, "bundle")
         weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes

@@ -21,6 +21,7 @@ from torchdlrm.cli.terminal import (
 from torchdlrm.errors import SkewError, UserError
 from torchdlrm.folders import expect, kind_of
 from torchdlrm.logs.find import find_files
+from torchdlrm.prediction.scores_out import check_name
 from torchdlrm.units import show_number
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def predict(
         msg = f"{bundle}: the bundle comes first: dlrm predict {shlex.quote(str(rows[0]))} {shlex.quote(str(bundle))}"
         raise UserError(msg)
     expect("bundle", bundle)
+    check_name(out)  # refuses here what would be refused when torch is loaded
     if not any(path == Path("-") or path.is_fifo() for path in rows):
-        find_files(rows)  # refuses here what would be refused when torch is loaded
+        find_files(rows)
     announce(f"predict by {bundle}")
 
     from torchdlrm.jobs.work_folder import work_folder

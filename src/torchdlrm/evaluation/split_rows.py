@@ -106,7 +106,8 @@ def predict_split(
     with join_process_group(config.train.timeout_s, describe, device=asked.device, setting="`device`") as ranks:
         model = build_empty_model(config, shape, ranks=ranks)
         chosen = find_checkpoint(run.checkpoints, asked.checkpoint)
-        Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
+        listener = progress if ranks.is_first else SILENT
+        Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step, progress=listener)
         loaders = [
             Loader(
                 dataset,
@@ -120,7 +121,6 @@ def predict_split(
             )
             for name in asked.split.split("+")
         ]
-        listener = progress if ranks.is_first else SILENT
         listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
         predictions = predict_loaders(model, loaders, ranks, listener).take(ranks)
         return chosen, None if predictions is None else _in_order(predictions, loaders, ranks.world_size)

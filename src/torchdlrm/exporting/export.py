@@ -67,7 +67,7 @@ MIN_BFLOAT16_MULTIPLY_ADDS = 200_000
 _SAMPLE_ROWS = 256
 
 
-def open_checkpoint(run: Run, name: str) -> tuple[ChosenCheckpoint, CheckpointReader]:
+def open_checkpoint(run: Run, name: str, progress: ProgressListener) -> tuple[ChosenCheckpoint, CheckpointReader]:
     """A run's checkpoint, checked, and which it is.
 
     Raises:
@@ -75,7 +75,7 @@ def open_checkpoint(run: Run, name: str) -> tuple[ChosenCheckpoint, CheckpointRe
     """
     chosen = find_checkpoint(run.checkpoints, name)
     path = checkpoint_path(run.checkpoints, chosen.step)
-    damage = find_damage(path)
+    damage = find_damage(path, progress)
     if damage is not None:
         raise RunError(damage)
     return chosen, CheckpointReader(path)
@@ -179,7 +179,8 @@ def _export(
     check_model_name(name)
     check_recalibration(dataset, options)
     split = held_out_split(dataset)
-    chosen, checkpoint = open_checkpoint(run, options.checkpoint)
+    mirror.settle(out, MANIFEST_NAME)
+    chosen, checkpoint = open_checkpoint(run, options.checkpoint, progress)
     shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
     model = CheckpointModel(checkpoint, shape)
     if options.precision == "auto":
@@ -191,7 +192,6 @@ def _export(
     dense_precision, reason = _dense_precision(shape, options, precisions)
     by_key = {table.table_key: precisions[table.feature] for table in model.tables}
     about = {"name": name, "dense_precision": dense_precision, **_about(run, dataset, shape, chosen)}
-    mirror.settle(out, MANIFEST_NAME)
     if os.path.lexists(out) and not overwrite:
         check_rows, is_auto = min(options.check_rows, dataset.splits[split].rows), options.dense_precision == "auto"
         wanted = about | {"recalibrated": (options.recalibrate, options.recalibrate_by)}

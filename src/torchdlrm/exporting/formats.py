@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from torchdlrm.errors import BundleError
 from torchdlrm.files import replacing_durably
 from torchdlrm.folders import KindName, expect
+from torchdlrm.storage import mirror
 from torchdlrm.storage.places import located
 
 FormatName = Literal["bundle", "torchrec", "dlrm", "onnx", "triton"]
@@ -55,7 +56,7 @@ def export_as(
     """
     source, out = located(source), located(out)
     expect(FORMATS[format].source, source)
-    if os.path.lexists(out):
+    if os.path.lexists(mirror.fetch(out, ("",))):
         msg = f"`out`: {out} is there already; give another name, or remove it first"
         raise BundleError(msg)
     module, _, name = FORMATS[format].maker.partition(":")

@@ -163,7 +163,7 @@ def verify(
         encoded = encoded.with_labels([label.name for label in predictor.schema.learnt])
         trained = _find_run(predictor, encoded, run)
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
-        _, checkpoint = open_checkpoint(trained, str(source.step))
+        _, checkpoint = open_checkpoint(trained, str(source.step), listener)
         shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
         model = CheckpointModel(checkpoint, shape)
         with reported(shape.architecture):

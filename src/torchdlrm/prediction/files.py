@@ -34,7 +34,7 @@ from torchdlrm.logs.find import find_files
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowChunk, RowsIn
-from torchdlrm.prediction.scores_out import LOGIT_COLUMN, STANDARD_OUTPUT, check_name, writing_scores
+from torchdlrm.prediction.scores_out import LOGIT_COLUMN, STANDARD_OUTPUT, writing_scores
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.storage.places import shown
 from torchdlrm.storage.reading import read_each
@@ -133,7 +133,6 @@ def predict_file(
         UserError: `out` cannot be written.
         BundleError: the bundle was damaged, or its files were written to meanwhile.
     """
-    check_name(out)
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
         msg = f"`out`: {out} is the log itself; name another file"
         raise UserError(msg)

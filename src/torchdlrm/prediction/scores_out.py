@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from torchdlrm.errors import Interrupted, UserError
 from torchdlrm.files import replacing
+from torchdlrm.storage import mirror
 
 STANDARD_OUTPUT = Path("-")
 FILE_ENDINGS = (".parquet", ".csv", ".csv.gz")
@@ -71,6 +72,7 @@ def check_name(path: Path, argument: str = "out") -> None:
 
     Raises:
         UserError: the name asks for no format, is that of a folder, or standard output is closed.
+        StorageError: there is no such bucket, or it cannot be read.
     """
     if path == STANDARD_OUTPUT:
         if sys.stdout is None:
@@ -81,7 +83,7 @@ def check_name(path: Path, argument: str = "out") -> None:
         also = ", or be - for CSV on standard output" if argument == "out" else ""
         msg = f"`{argument}`: {path} must end in .parquet, .csv or .csv.gz{also}"
         raise UserError(msg)
-    if path.is_dir():
+    if mirror.fetch(path, ()).is_dir():  # where there is no such bucket it is said now
         msg = f"`{argument}`: {path} is a folder; name a file in it"
         raise UserError(msg)
 

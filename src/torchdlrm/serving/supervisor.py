@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from torchdlrm.errors import TorchDLRMError, UserError
+from torchdlrm.progress import watched
 from torchdlrm.serving.event_log import json_log, log_event
 from torchdlrm.serving.options import Listening, ServeOptions
 
@@ -68,7 +69,8 @@ class Supervisor:
         from torchdlrm.serving.service.following import Target, first_bundle  # noqa: PLC0415 - likewise
 
         # Once for all: each process then checks the blocks that it touches.
-        Bundle.open(first_bundle(Target.of(self._bundle)).path, verify=self._options.verify)
+        with watched(None) as progress:
+            Bundle.open(first_bundle(Target.of(self._bundle)).path, verify=self._options.verify, progress=progress)
         folder = tempfile.mkdtemp(prefix="dlrm-metrics-")
         os.environ[_MULTIPROCESS_FOLDER] = folder
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

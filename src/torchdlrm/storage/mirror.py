@@ -27,6 +27,7 @@ from threading import Lock
 from zlib import crc32
 
 from torchdlrm.errors import StorageError
+from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.storage import objects
 from torchdlrm.storage.objects import ObjectStat
 from torchdlrm.storage.places import cache_folder, is_unfinished, located, published_url, url_of
@@ -40,7 +41,7 @@ _AT_A_TIME = 8
 _evicting = Lock()
 
 
-def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
+def fetch(path: Path, names: Iterable[str] = ("*",), progress: ProgressListener = SILENT) -> Path:
     """Bring what is at a URL into the cache, as it is there now; gives the path, of a link that where it leads.
 
     Args:
@@ -48,6 +49,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
         names: patterns for the paths of files inside of a folder that are needed now (`*` also matches a `/`, and it
             alone an object itself). Of all others the folders are made, and files that are no longer in the bucket are
             removed.
+        progress: receives the bytes, where some are fetched.
 
     Raises:
         StorageError: the bucket cannot be read.
@@ -58,7 +60,7 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
     patterns, listed_ns = tuple(names), time.clock_gettime_ns(5)  # Linux's CLOCK_REALTIME_COARSE, as files have it
     found = objects.listed(url)
     if not found and path.name == LINK_NAME and fetch_link(path) is not None:
-        return fetch(path.resolve(), patterns)
+        return fetch(path.resolve(), patterns, progress)
     if not found:
         try:
             stat = objects.stat(url)
@@ -66,17 +68,16 @@ def fetch(path: Path, names: Iterable[str] = ("*",)) -> Path:
             _forget(path)
         else:
             if any(fnmatchcase("", pattern) for pattern in patterns):
-                _fetch_file(path, stat)
+                _fetch_files({path: stat}, progress)
         return path
     here = _prune(path, found, listed_ns)
     wanted = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in {(path / name).parent for name in found.keys() - here}:
+    for folder in {path, *((path / name).parent for name in found.keys() - here)}:
         folder.mkdir(parents=True, exist_ok=True)
     stamps = stamp_path(path)
     for name in here.intersection(wanted):
         os.utime(f"{stamps}/{name}")  # used now
-    _each([partial(_fetch_file, path / name, found[name]) for name in wanted if name not in here])
+    _fetch_files({path / name: found[name] for name in wanted if name not in here}, progress)
     return path
 
 
@@ -124,10 +125,10 @@ def _place_link(link: Path, target: str, etag: str | None) -> None:
     beside.replace(link)
 
 
-def fetch_missing(path: Path) -> Path:
+def fetch_missing(path: Path, progress: ProgressListener = SILENT) -> Path:
     """As `fetch`, of a file in a folder that was fetched before: one that is here is not asked about again."""
     if published_url(path) is None or not (path.exists() and stamp_path(path).exists()):
-        return fetch(path)
+        return fetch(path, progress=progress)
     with suppress(OSError):
         os.utime(stamp_path(path))  # used now
     return path
@@ -256,12 +257,18 @@ def _each(tasks: Collection[Callable[[], None]]) -> None:
             pass
 
 
-def _fetch_file(path: Path, wanted: ObjectStat) -> None:
+def _fetch_files(wanted: Mapping[Path, ObjectStat], progress: ProgressListener) -> None:
+    missing = {path: stat for path, stat in wanted.items() if stamped(path) != stat}
+    for path in wanted.keys() - missing.keys():
+        os.utime(stamp_path(path))  # used now
+    if missing:
+        progress.start_phase("fetch", sum(stat.size_bytes for stat in missing.values()), unit="bytes")
+    _each([partial(_fetch_file, path, stat, progress) for path, stat in missing.items()])
+
+
+def _fetch_file(path: Path, wanted: ObjectStat, progress: ProgressListener) -> None:
     if path.name == LINK_NAME:
         fetch_link(path)
-        return
-    if stamped(path) == wanted:
-        os.utime(stamp_path(path))  # used now
         return
     part, notes = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.blocks")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,12 +287,14 @@ def _fetch_file(path: Path, wanted: ObjectStat) -> None:
 
         def fetch_block(start: int) -> None:
             end = min(start + _BLOCK_BYTES, wanted.size_bytes)
-            os.pwrite(file.fileno(), objects.read(str(url_of(path)), start, end, etag=wanted.etag), start)
-            with notes.open("a", encoding="utf-8") as noted:
-                noted.write(f"{start}.\n")
+            if f"{start}." not in had:
+                os.pwrite(file.fileno(), objects.read(str(url_of(path)), start, end, etag=wanted.etag), start)
+                with notes.open("a", encoding="utf-8") as noted:
+                    noted.write(f"{start}.\n")
+            progress.advance(end - start)
 
         with part.open("r+b") as file:
-            _each([partial(fetch_block, at) for at in range(0, wanted.size_bytes, _BLOCK_BYTES) if f"{at}." not in had])
+            _each([partial(fetch_block, at) for at in range(0, wanted.size_bytes, _BLOCK_BYTES)])
         write_stamp(path, wanted, part)
         part.replace(path)
         notes.unlink()

@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from torchdlrm.errors import RunError, TrainingError
 from torchdlrm.files import regular_file
+from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.records import problems
 from torchdlrm.storage import mirror
 from torchdlrm.training.checkpoint_reader import read_metadata
@@ -155,12 +156,12 @@ def not_finite_error(what: str, folder: Path) -> TrainingError:
     )
 
 
-def find_damage(path: Path) -> str | None:
+def find_damage(path: Path, progress: ProgressListener = SILENT) -> str | None:
     """What is wrong with the files of a checkpoint, or None; reads them all."""
-    return next(filter(None, look_for_damage(path)), None)
+    return next(filter(None, look_for_damage(path, progress, 0, 1)), None)
 
 
-def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[str | None]:
+def look_for_damage(path: Path, progress: ProgressListener, rank: int, world_size: int) -> Iterator[str | None]:
     """Read a rank's part of the files of a checkpoint: the ranks together read each file once.
 
     Yields:
@@ -173,7 +174,7 @@ def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterat
         mine = [(name, expected) for name, expected in files if name != RECORD_NAME][rank::world_size]
         for name, expected in mine:
             digest = hashlib.sha256()
-            mirror.fetch_missing(path / name)
+            mirror.fetch_missing(path / name, progress)
             with regular_file(path, name).open("rb") as file:
                 while num_bytes := file.readinto(part):
                     digest.update(part[:num_bytes])

@@ -31,6 +31,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from torchdlrm.errors import RunError, StorageError
 from torchdlrm.files import publish_folder, sha256_of
+from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.storage import mirror
 from torchdlrm.training.checkpoint import (
     RECORD_NAME,
@@ -159,7 +160,7 @@ class Checkpointer:
         self._writer.shutdown()
         self._copies.close()
 
-    def restore(self) -> Position | None:
+    def restore(self, progress: ProgressListener = SILENT) -> Position | None:
         """Load the newest checkpoint that is undamaged and finite; None without any. Others are named in the log.
 
         Raises:
@@ -169,7 +170,7 @@ class Checkpointer:
         steps = self._ranks.from_first(list_checkpoints(self._folder) if self._ranks.is_first else [], self._group)
         for step in reversed(steps):
             path = checkpoint_path(self._folder, step)
-            problem = find_damage_together(path, self._ranks, self._group)
+            problem = find_damage_together(path, self._ranks, self._group, progress)
             if problem is None:
                 position = self.load(step, verify=False)
                 not_finite = self._find_not_finite(self._state()["model"])
@@ -186,14 +187,14 @@ class Checkpointer:
         )
         raise RunError(msg).everywhere()
 
-    def load(self, step: int, *, verify: bool = True) -> Position:
+    def load(self, step: int, *, verify: bool = True, progress: ProgressListener = SILENT) -> Position:
         """Load a checkpoint, which may come from another number of ranks.
 
         Raises:
             RunError: it is damaged, of another format version, or of another model.
         """
         path = checkpoint_path(self._folder, step)
-        problem = find_damage_together(path, self._ranks, self._group) if verify else None
+        problem = find_damage_together(path, self._ranks, self._group, progress) if verify else None
         if problem is not None:
             raise RunError(problem).everywhere()
         with self._changing_state() as state:
@@ -319,13 +320,15 @@ def find_not_finite(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite))
 
 
-def find_damage_together(path: Path, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str | None:
+def find_damage_together(
+    path: Path, ranks: Ranks, group: dist.ProcessGroup | None = None, progress: ProgressListener = SILENT
+) -> str | None:
     """What is wrong with a checkpoint, the same on every rank: each reads its part of the files.
 
     However large they are, no rank waits for longer than the others read a part of a file: each says in `group`
     several times within `timeout_s` that it is still reading. Every rank must call this.
     """
-    parts = look_for_damage(path, rank=ranks.rank, world_size=ranks.world_size)
+    parts = look_for_damage(path, progress, ranks.rank, ranks.world_size)
     while True:
         until_s = time.monotonic() + ranks.timeout_s / 4
         problem, is_done = None, True

@@ -1,7 +1,7 @@
 """Plans and runs a training; what it is going to do is known before anything is written."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -215,11 +215,11 @@ def train(
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
         agenda, shape = _checked(settings, encoded, architecture, ranks.device)
-        source = _start_run(folder, encoded, ranks, shape, from_run, agenda.num_steps, watching.note, restart=restart)
+        listener = watching if ranks.is_first else SILENT
+        source = _start_run(folder, encoded, ranks, shape, from_run, agenda.num_steps, listener, restart=restart)
         with closing(folder):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
-            listener = watching if ranks.is_first else SILENT
             trainer = Trainer(folder, shape, encoded, ranks, listener, dtype=dtype, source=source)
             summary = trainer.fit(open_callbacks)
     return TrainingHistory(summary, read_metrics(folder.path / METRICS_NAME)) if ranks.is_first else None
@@ -261,7 +261,7 @@ def _start_run(
     shape: ModelShape,
     from_run: str | Path | None,
     num_steps: int,
-    waiting: Callable[[str], None],
+    progress: ProgressListener,
     *,
     restart: bool,
 ) -> SourceRun | None:
@@ -278,7 +278,7 @@ def _start_run(
         return find_source(None if from_run is None else located(from_run), run, dataset, architecture, restart=removes)
 
     source = ranks.on_first(find)
-    damage = None if source is None else find_damage_together(source.checkpoint, ranks)
+    damage = None if source is None else find_damage_together(source.checkpoint, ranks, progress=progress)
     if damage is not None:
         raise RunError(f"`from_run`: {damage}").everywhere()
 
@@ -291,7 +291,7 @@ def _start_run(
             architecture=architecture,
             warm_start=None if source is None else source.record,
             launchers=launchers,
-            waiting=waiting,
+            waiting=progress.note,
         )
 
     ranks.on_first(start)

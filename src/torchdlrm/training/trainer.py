@@ -116,7 +116,7 @@ class Trainer:
             Interrupted: asked to stop; the run is saved and can be resumed.
             TrainingError: the loss or a weight is not finite, or the end could not be saved.
         """
-        self._position = self._checkpointer.restore() or self._first_position()
+        self._position = self._checkpointer.restore(self._progress) or self._first_position()
         start = self._position.step
         if self._ranks.is_first and start < self._agenda.num_steps:
             self._run.write_plan(self._solution)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchdlrm.errors import RunError, TrainingError
+from torchdlrm.progress import SILENT
 from torchdlrm.training import checkpointer as checkpointer_module
 from torchdlrm.training.checkpoint import Position, find_damage, list_checkpoints, look_for_damage
 from torchdlrm.training.checkpointer import Checkpointer, _ReportingFileSystem
@@ -77,12 +78,12 @@ def test_a_position_that_has_changed_is_damage(written, damaged, saved, tmp_path
 @pytest.mark.usefixtures("saved")
 def test_every_file_of_a_checkpoint_is_read_by_one_rank(name, world_size, tmp_path):
     path = tmp_path / "step-00000020"
-    told = [list(look_for_damage(path, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    told = [list(look_for_damage(path, SILENT, rank, world_size)) for rank in range(world_size)]
     assert sum(len(parts) for parts in told) == 2  # both files are small
     assert {problem for parts in told for problem in parts} == {None}
     with (path / name).open("ab") as file:
         file.write(b"more")
-    told = [list(look_for_damage(path, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    told = [list(look_for_damage(path, SILENT, rank, world_size)) for rank in range(world_size)]
     (problem,) = {parts[-1] for parts in told if parts} - {None}
     assert problem == f"{path / name}: damaged, its sha256 is not that in checkpoint.json"
     assert find_damage(path) == problem
