@@ -51,7 +51,7 @@ test: $(INSTALLED)  ## run the tests on up to four cores (VERSIONS=newest: with 
 	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## run the unit tests without the slow ones
-	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile -p no:schemathesis tests/unit tests/test_architecture.py -m "not slow and not thorough"
+	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile tests/unit tests/test_architecture.py -m "not slow and not thorough"
 
 test-thorough: $(INSTALLED)  ## run the tests that `make test` leaves out because they take long: before a release
 	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile -m thorough

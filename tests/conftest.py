@@ -1,6 +1,7 @@
 """What tests share: seeds, a small click log whose labels can be learnt, and the dataset that it becomes."""
 
 import asyncio
+import gc
 import json
 import multiprocessing.util
 import os
@@ -36,6 +37,12 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if not REAL_PROCESSES:
             multiprocessing.util.spawnv_passfds = lambda *arguments: shared_server().spawn(*arguments)
+
+
+def pytest_collection_finish():
+    """No later collection of garbage looks through the modules and tests that are there now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -232,9 +239,9 @@ class RunningServer:
         return self.process.returncode, [json.loads(line) for line in log.splitlines()]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve():
-    """Starts the real server on free ports, until the session ends: serve(bundle, "--workers", 2) -> RunningServer."""
+    """Starts the real server on free ports, until the module ends: serve(bundle, "--workers", 2) -> RunningServer."""
     started = []
 
     def start(bundle, *args, max_open_files=None, **environment):

@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 from types import SimpleNamespace
@@ -23,22 +22,16 @@ TRAINING = ("--validation.every-steps", "25", "--logging.every-steps", "10", "--
 
 @pytest.fixture
 def on_a_terminal():
-    """Runs the real command in a terminal of 80 columns: on_a_terminal("train", ...) -> all that it was sent.
+    """Runs the command or a script in a terminal of 80 columns: on_a_terminal(DLRM, ...) -> all that it was sent."""
 
-    With `script`, runs that text in Python.
-    """
-
-    def run(*args, script=None):
+    def run(*args):
         terminal, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment.pop("COLUMNS", None)
         with os.fdopen(inner, "r+b", buffering=0) as file:
             options = {"stdin": file, "stdout": file, "stderr": file, "env": environment}
-            if script is None:
-                process = shared_server().start([DLRM, *args], **options)
-            else:
-                process = subprocess.Popen([sys.executable, "-c", script], **options)
+            process = shared_server().start(args, **options)
         shown = b""
         try:
             while block := os.read(terminal, 1 << 16):
@@ -61,9 +54,8 @@ def test_a_training_into_a_file_tells_its_begin_each_validation_and_its_end_in_p
     small_dataset, dlrm, tmp_path
 ):
     run = tmp_path / "run"
-    done = dlrm(
-        *("train", "criteo-small", "--dataset", small_dataset.path, "--run", run, "--json", *TRAINING), FORCE_COLOR="1"
-    )
+    command = [DLRM, "train", "criteo-small", "--dataset", small_dataset.path, "--run", run, "--json", *TRAINING]
+    done = shared_server().run(command, env={**os.environ, "COLUMNS": "200", "FORCE_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
     told = [line for line in done.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
@@ -97,7 +89,7 @@ def test_each_phase_of_a_preprocessing_into_a_file_begins_and_ends_with_a_line(s
 
 def test_a_terminal_of_80_columns_keeps_the_validations_above_a_bar_that_fits(small_dataset, on_a_terminal, tmp_path):
     run = tmp_path / "run"
-    shown = on_a_terminal("train", "criteo-small", "--dataset", small_dataset.path, "--run", run, *TRAINING)
+    shown = on_a_terminal(DLRM, "train", "criteo-small", "--dataset", small_dataset.path, "--run", run, *TRAINING)
     assert shown.index("train criteo-small on") < shown.index("it fits"), "what is done is said while torch loads"
     lines = [re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", shown)]
     kept = [line for line in lines if "val AUC" in line]
@@ -111,16 +103,17 @@ def test_a_terminal_of_80_columns_keeps_the_validations_above_a_bar_that_fits(sm
 
 
 def test_a_function_shows_its_progress_on_a_terminal_and_can_be_silenced(on_a_terminal, small_log, tmp_path):
-    script = "from torchdlrm import preprocess; preprocess({log!r}, {out!r}{more})"
-
     def of(name, more=""):
-        return script.format(log=str(small_log), out=str(tmp_path / name), more=more)
+        script = tmp_path / f"{name}.py"
+        out = str(tmp_path / name)
+        script.write_text(f"from torchdlrm import preprocess; preprocess({str(small_log)!r}, {out!r}{more})")
+        return script
 
-    told = on_a_terminal(script=of("shown"))
+    told = on_a_terminal(of("shown"))
     assert all(f"{phase}: done, " in told for phase in ("read", "count", "encode", "write"))
-    assert on_a_terminal(script=of("silent", ", progress=False")) == ""
-    done = subprocess.run([sys.executable, "-c", of("piped")], capture_output=True, check=True)
-    assert (done.stdout, done.stderr) == (b"", b"")
+    assert on_a_terminal(of("silent", ", progress=False")) == ""
+    done = shared_server().run([of("piped")])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_in_a_notebook_a_function_draws_a_bar_and_keeps_its_lines():
