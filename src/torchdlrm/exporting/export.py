@@ -53,7 +53,7 @@ from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.features.tables import Table
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of, reported
-from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.progress import SILENT, ProgressListener, watched
 from torchdlrm.storage import mirror, places
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
@@ -67,7 +67,9 @@ MIN_BFLOAT16_MULTIPLY_ADDS = 200_000
 _SAMPLE_ROWS = 256
 
 
-def open_checkpoint(run: Run, name: str, progress: ProgressListener) -> tuple[ChosenCheckpoint, CheckpointReader]:
+def open_checkpoint(
+    run: Run, name: str, progress: ProgressListener = SILENT
+) -> tuple[ChosenCheckpoint, CheckpointReader]:
     """A run's checkpoint, checked, and which it is.
 
     Raises:
@@ -75,8 +77,7 @@ def open_checkpoint(run: Run, name: str, progress: ProgressListener) -> tuple[Ch
     """
     chosen = find_checkpoint(run.checkpoints, name)
     path = checkpoint_path(run.checkpoints, chosen.step)
-    damage = find_damage(path, progress)
-    if damage is not None:
+    if (damage := find_damage(path, progress)) is not None:
         raise RunError(damage)
     return chosen, CheckpointReader(path)
 

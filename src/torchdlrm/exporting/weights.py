@@ -22,7 +22,6 @@ from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
-from torchdlrm.progress import SILENT
 from torchdlrm.storage import mirror, places
 from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpoint_reader import MODEL, CheckpointReader
@@ -98,7 +97,7 @@ def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) ->
     }
     if has := ", ".join(what for what, is_so in unlike.items() if is_so):
         raise RunError(f"{run.path}: has {has}, which the models of the format {form} do not have")
-    _, reader = open_checkpoint(run, checkpoint, SILENT)
+    _, reader = open_checkpoint(run, checkpoint)
     weights = {name: reader.tensor(name) for name in reader.shapes}
     if form == "torchrec":  # the order of tables says which column is which
         return {name: weights[name] for name in dict.fromkeys((*ours, *weights))}
