@@ -12,10 +12,11 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from helpers.days import last_state
 from helpers.trainings import logged, losses
-from torchdlrm import evaluate, load_config, train
+from torchdlrm import compare, evaluate, load_config, plan, train
 from torchdlrm.config import config_toml
-from torchdlrm.errors import ConfigError, RunError
+from torchdlrm.errors import ConfigError, DatasetError, RunError
 from torchdlrm.evaluation.report import report_page, runs_page
+from torchdlrm.planning.plan import PlanRequest
 from torchdlrm.training.run import Run
 
 OWN_LOSS = Path(__file__).parents[2] / "examples" / "own_loss.py"
@@ -90,6 +91,10 @@ def test_a_label_or_an_order_that_means_something_else_is_refused(ple_run, two_l
         evaluate(ple_run, label="purchas")
     with pytest.raises(ConfigError, match="has no label 'buy'; it has click, purchase"):
         train(load_config("criteo-small", STEPS | {"train.labels": "click,buy"}), two_labels, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"several are `train\.labels` = click,purchase"):
+        train(load_config("criteo-small", STEPS | {"train.label": "click purchase"}), two_labels, tmp_path / "run")
+    with pytest.raises(ConfigError, match="has no label 'purchas'"):
+        plan(PlanRequest(dataset=two_labels.path), load_config("criteo-small", {"train.labels": "click,purchas"}))
     other = load_config("criteo-small", STEPS | PLE | {"train.labels": "purchase,click"})
     with pytest.raises(RunError, match=r"train.labels: was \['click', 'purchase'\], is \['purchase', 'click'\]"):
         train(other, two_labels, ple_run)
@@ -97,7 +102,7 @@ def test_a_label_or_an_order_that_means_something_else_is_refused(ple_run, two_l
         train(other, two_labels, tmp_path / "warm", from_run=ple_run)
 
 
-def test_a_list_of_one_label_trains_what_the_label_does(two_labels, tmp_path):
+def test_a_list_of_one_label_trains_what_the_label_does(ple_run, two_labels, tmp_path):
     states = []
     for key in ("train.label", "train.labels"):
         train(
@@ -106,6 +111,8 @@ def test_a_list_of_one_label_trains_what_the_label_does(two_labels, tmp_path):
         states.append(last_state(tmp_path / key, tmp_path))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(states[1][name])) for name in states[0])
+    with pytest.raises(DatasetError, match="by the labels click and purchase; `label` names one that both have"):
+        compare(ple_run, tmp_path / "train.label", progress=False)
 
 
 def test_a_loss_of_means_over_the_global_batch_is_the_same_on_two_processes(two_labels, dlrm, tmp_path):

@@ -97,7 +97,7 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
             f"{of.label} {show_number(result.get(of.name), 4)}{shown.get(of.name, '')}" for of in metrics_in("brief")
         )
         whose = f", {result['label']}" if result.get("labels") else ""
-        say(f"evaluated {name}{whose}: {', '.join(brief)}")
+        say(f"evaluated {name.removesuffix('.' + result['label']) if whose else name}{whose}: {', '.join(brief)}")
     look_at(content["judgements"])
 
 

@@ -286,7 +286,8 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
             facts |= {f"last val {name}{label and f', {label}'}": value for name, value in shown}
     say_facts(f"trained {run}", facts)
     if summary.validation is not None:
-        say_undefined(summary.validation, " on the val split")
+        for label, of in {first: summary.validation, **summary.validation.get("labels", {})}.items():
+            say_undefined({**summary.validation, **of}, f" on the val split{label and f', label {label}'}")
         look_at(judge_validation(dataset, summary.validation))
     taken = "" if summary.best_step is None else f" (takes step {summary.best_step:,}, the best of the val split)"
     split = next(name for name in ("test", "val", "train") if dataset.splits[name].rows)

@@ -132,7 +132,7 @@ class HeadsConfig(Section):
         """Settings that are for other labels, or that are not read, each with what is wrong."""
         if len(labels) < 2:
             if self != HeadsConfig():
-                yield f"heads: several labels have them, and there is one; got {self.model_dump(exclude_defaults=True)}"
+                yield f"heads: is for several train.labels, got {self.model_dump(exclude_defaults=True)} with one"
             return
         unread = {"shared": _OF_EXPERTS, "mmoe": _OF_EXPERTS[:1]}.get(self.kind, ())
         for leaf, value in changed_settings(self):

@@ -5,6 +5,7 @@ columns, the fitted transforms and the vocabularies.  Opening one reads `dataset
 file; `verify` reads them all.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +82,9 @@ class Dataset:
         for name in chosen:
             if name not in names:
                 msg = f"`{key}`: {self.path} has no label {name!r}; it has {', '.join(names)}"
-                raise ConfigError(msg + did_you_mean(name, names))
+                several = ",".join(re.split(r"[\s,;]+", name))  # as people write a list
+                hint = f"; several are `train.labels` = {several}" if "," in several else did_you_mean(name, names)
+                raise ConfigError(msg + hint)
         if len(names) == 1:
             return self
         one = next(iter(chosen), names[0]) if len(chosen) < 2 else None

@@ -85,6 +85,7 @@ def compare(
     columns = columns_of(by) if by else ()
     asked = Asked(dataset=dataset, split=split, columns=columns, group=group, label=label, weight=weight, device=device)
     known: list[tuple[Path, int, str]] = []  # of each source how many rows it has, and which
+    judged_by: list[str] = []
     sliced = {_path(sources[0]): name for name, sources in named.items()}
     first: list[PredictedRows] = []
     lost: dict[str, list[Slice]] = {}
@@ -102,10 +103,13 @@ def compare(
         path, rows = _path(source), predict(source)
         assert rows is not None, "this is rank 0"
         known.append((path, rows.judged.sums.rows, rows.rows))
+        judged_by.append(rows.about["label"])
         labels.append(rows.about["label"] if rows.others else label)
         if known[0][1:] != known[-1][1:]:
             numbers = known[0][1], known[-1][1]
             what = "{:,} and {:,}".format(*numbers) if len({*numbers}) > 1 else "their labels or weights differ"
+            if judged_by[0] != judged_by[-1]:
+                what = f"by the labels {judged_by[0]} and {judged_by[-1]}; `label` names one that both have"
             raise DatasetError(
                 f"{known[0][0]} and {path} were judged on different rows ({what}), so a difference would say nothing "
                 "about the models; let both predict the same split of the same dataset, or the same log"

@@ -187,7 +187,7 @@ def check_columns(dataset: Dataset, asked: Asked) -> dict[str, _Column]:
             if unknown > MOST_UNKNOWN:
                 why = f"has no id for {unknown:.1%} of its values in {asked.split}, which are no group"
         if why:
-            remedy = f"dlrm predict BUNDLE LOG --columns label,{name} --out p.parquet"
+            remedy = f"dlrm predict BUNDLE LOG --columns {asked.label or learnt[0]},{name} --out p.parquet"
             msg = f"{'`group`:' if is_group else 'column'} {name} {why}; `{remedy}` writes a log's values beside its "
             msg += "predictions, and p.parquet can be given in place of the model"
             raise DatasetError(msg)

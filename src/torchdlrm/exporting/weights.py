@@ -90,7 +90,7 @@ def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) ->
         "several labels": len(dataset.schema.learnt) > 1,
         "a model class": run.model_class is not None,
         "vectors": bool(dataset.schema.content),
-        "smaller tables (model.features)": bool(config.features),
+        "smaller tables or a pooling (model.features)": bool(config.features),
         "a cross net with gates (model.dcn.gated)": config.dcn.gated,
         "a table that columns share": form == "dlrm" and len(ours) < len(dataset.sparse_names),
         f"the interaction {config.interaction}": form == "dlrm" and config.interaction != "dot",

@@ -78,7 +78,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
     Raises:
         PlanError: the request is wrong, or contradicts itself.
         DatasetError: the dataset is damaged.
-        ConfigError: there is no such model class, or it fails in a step on a few rows.
+        ConfigError: there is no such label or model class, or the class fails in a step on a few rows.
         RunError: the run was trained with another model class.
     """
     if request.alpha is not None and request.table_bytes is None:
@@ -86,7 +86,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
     if request.alpha is not None and not 0 <= request.alpha <= 10:
         raise PlanError(f"`alpha`: must be from 0 to 10, got {request.alpha:g}")
     machine = _machine(request, config)
-    dataset = None if request.dataset is None else Dataset.open(request.dataset)
+    dataset = None if request.dataset is None else Dataset.open(request.dataset).with_labels(config.train.label_names)
     tables, model = _tables(request, config, dataset), config.model
     sizes = features_of(tables, model)
     if dataset is not None:

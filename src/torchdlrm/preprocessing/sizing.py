@@ -120,6 +120,6 @@ def check_disk(files: Sequence[LogFile], folder: Path) -> None:
     free = shutil.disk_usage(folder).free + used
     if free < needed:
         raise DatasetError(
-            f"{folder}: the disk has {free / 1e9:,.1f} GB free, and the job needs up to {needed / 1e9:,.1f} GB there "
+            f"{folder}: the disk has {show_bytes(free)} free, and the job needs up to {show_bytes(needed)} there "
             "while it runs; make room, or choose an `out` on another disk"
         ) from OSError(errno.ENOSPC, "it would be full")
