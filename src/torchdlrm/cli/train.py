@@ -108,7 +108,7 @@ def train(
         if from_run is None and (restart or not Run(fetch_run(run), settings).exists):
             _refuse_warm_start(overrides)
         how_many = {"world_size": processes.world_size, "local_world_size": machines.nproc_per_node}
-        preview = preview_training(settings, encoded, run, **how_many | how)
+        preview = preview_training(settings, encoded, run, train_follows=not dry_run, **how_many | how)
     say(about_config(path, overrides))
     show_preview(preview, run, dry_run=dry_run)
     misfit = find_installed_misfit()

@@ -23,6 +23,7 @@ from torchdlrm.storage.places import located
 from torchdlrm.toml import did_you_mean
 
 _BLOCK_ROWS = 65_536
+KnownRows = tuple[str, NDArray[np.int64], NDArray[np.float32]]  # the name of a table, ids of it, rows [ids, dim]
 
 
 def initialize_tables(
@@ -72,10 +73,8 @@ def initialize_tables(
                     shard.tensor[begin - first_row : end - first_row].copy_(torch.from_numpy(drawn))
 
 
-def known_rows(
-    file: str, name: str, tables: Sequence[FeatureTable], dataset: Dataset
-) -> tuple[str, NDArray[np.int64], NDArray[np.float32]]:
-    """A table's name, ids of it, and rows [ids, dim] for them: the vectors of a Parquet file (value, vector).
+def known_rows(file: str, name: str, tables: Sequence[FeatureTable], dataset: Dataset) -> KnownRows:
+    """Rows of a table that are the vectors of a Parquet file (value, vector).
 
     Longer vectors become their leading principal components; shorter ones are filled up with zeros.
 

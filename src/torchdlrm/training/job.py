@@ -13,7 +13,7 @@ from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, RunError, TrainingError
 from torchdlrm.model.architecture import Architecture, ModelShape
-from torchdlrm.model.model_class import ModelClass, architecture_of
+from torchdlrm.model.model_class import ModelClass, architecture_of, reported
 from torchdlrm.model.precision import Precision
 from torchdlrm.progress import SILENT, ProgressListener, watched
 from torchdlrm.sharding.local_machine import local_machine
@@ -21,7 +21,7 @@ from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.resolve import plan_of_training
 from torchdlrm.sharding.solution import Solution
 from torchdlrm.sharding.tables import tables_of_model
-from torchdlrm.sharding.weights import known_rows
+from torchdlrm.sharding.weights import KnownRows, known_rows
 from torchdlrm.storage.places import located
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.changes import Change
@@ -101,8 +101,11 @@ def preview_training(
     model_class: ModelClass | None = None,
     allow_changed_model_class: bool = False,
     restart: bool = False,
+    train_follows: bool = False,
 ) -> TrainingPreview:
     """Look ahead, and refuse now what `train` with the same arguments would refuse later on `world_size` processes.
+
+    Where `train_follows`, it is left to read the files of `train.init_tables`.
 
     Raises:
         ConfigError: `model.features` does not suit the dataset, early stopping could never act, GPUs are missing, the
@@ -120,7 +123,8 @@ def preview_training(
     source = find_source(from_run, folder, dataset, architecture, restart=restart)
     device = rank_device(0, local_world_size, config.train.device)
     agenda, shape = _checked(config, dataset, architecture, device)
-    _check_init_tables(folder, shape, dataset, restart=restart)
+    if not train_follows:
+        _known_rows(folder, shape, dataset, restart=restart)
     solution = plan_of_training(
         config,
         shape,
@@ -216,11 +220,12 @@ def train(
         encoded = opened()
         agenda, shape = _checked(settings, encoded, architecture, ranks.device)
         listener = watching if ranks.is_first else SILENT
-        source = _start_run(folder, encoded, ranks, shape, from_run, agenda.num_steps, listener, restart=restart)
-        with closing(folder):
+        steps = agenda.num_steps
+        source, known = _start_run(folder, encoded, ranks, shape, from_run, steps, listener, restart=restart)
+        with closing(folder), reported(architecture):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
-            trainer = Trainer(folder, shape, encoded, ranks, listener, dtype=dtype, source=source)
+            trainer = Trainer(folder, shape, encoded, ranks, listener, dtype=dtype, source=source, known=known)
             summary = trainer.fit(open_callbacks)
     return TrainingHistory(summary, read_metrics(folder.path / METRICS_NAME)) if ranks.is_first else None
 
@@ -247,11 +252,11 @@ def _checked(
     return agenda, shape
 
 
-def _check_init_tables(run: Run, shape: ModelShape, dataset: Dataset, *, restart: bool) -> None:
-    """Refuse files that tables cannot begin with, before anything is written; none is read from a checkpoint on."""
-    if restart or not list_checkpoints(run.checkpoints):
-        for name, file in (run.config.train.init_tables or {}).items():
-            known_rows(file, name, shape.tables, dataset)
+def _known_rows(run: Run, shape: ModelShape, dataset: Dataset, *, restart: bool) -> dict[str, KnownRows]:
+    """What tables begin with, by name, read before anything is written; nothing from a checkpoint on."""
+    begins = restart or not list_checkpoints(run.checkpoints)
+    files = (run.config.train.init_tables or {}).items() if begins else ()
+    return {name: known_rows(file, name, shape.tables, dataset) for name, file in files}
 
 
 def _start_run(
@@ -264,20 +269,21 @@ def _start_run(
     progress: ProgressListener,
     *,
     restart: bool,
-) -> SourceRun | None:
-    """Rank 0 takes the folder, after the ranks have found, and together verified, the checkpoint to start from."""
+) -> tuple[SourceRun | None, dict[str, KnownRows]]:
+    """Rank 0 takes the folder, after the ranks have found, and together verified, what to start from; this is given."""
     architecture, names = shape.architecture, ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
     launchers = list(dict.fromkeys(name for name in names if name is not None))
     # Not what this job itself has trained, before a process or a machine died and all were started again.
     removes = restart and not ranks.from_first(run.was_started_by(launchers))
 
-    def find() -> SourceRun | None:
+    def find() -> tuple[SourceRun | None, dict[str, KnownRows]]:
         if not removes:
             run.check(dataset, architecture, num_steps=num_steps)
-        _check_init_tables(run, shape, dataset, restart=removes)
-        return find_source(None if from_run is None else located(from_run), run, dataset, architecture, restart=removes)
+        known = _known_rows(run, shape, dataset, restart=removes)
+        place = None if from_run is None else located(from_run)
+        return find_source(place, run, dataset, architecture, restart=removes), known
 
-    source = ranks.on_first(find)
+    source, known = ranks.on_first(find)
     damage = None if source is None else find_damage_together(source.checkpoint, ranks, progress=progress)
     if damage is not None:
         raise RunError(f"`from_run`: {damage}").everywhere()
@@ -295,4 +301,4 @@ def _start_run(
         )
 
     ranks.on_first(start)
-    return source
+    return source, known

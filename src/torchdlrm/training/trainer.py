@@ -21,7 +21,7 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, first_and_others
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener, noting_if_slow
-from torchdlrm.sharding.weights import known_rows, set_rows
+from torchdlrm.sharding.weights import KnownRows, set_rows
 from torchdlrm.training.checkpoint import Position, not_finite_error
 from torchdlrm.training.checkpoint_state import TakeOver
 from torchdlrm.training.checkpointer import Checkpointer
@@ -56,6 +56,8 @@ _NOT_SAVED = (
 class Trainer:
     """Trains one model, whose dense parts compute in `dtype`, from what `source` has learnt; `fit` does it all.
 
+    Tables of `train.init_tables` begin with what is `known`, and taken out of it.
+
     Raises:
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset has no training rows.
@@ -71,10 +73,11 @@ class Trainer:
         *,
         dtype: torch.dtype,
         source: SourceRun | None = None,
+        known: dict[str, KnownRows],
     ) -> None:
         self._config = config = run.config
         self._dataset, self._run, self._ranks, self._progress = dataset, run, ranks, progress
-        self._shape = shape
+        self._shape, self._known = shape, known
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         self._agenda = Agenda.of(config, self._loader.rows)
@@ -151,8 +154,7 @@ class Trainer:
     def _begin_with_known_rows(self) -> None:
         """Those of `train.init_tables`; what another run has learnt replaces them."""
         for name, file in (self._config.train.init_tables or {}).items():
-            read = partial(known_rows, file, name, self._shape.tables, self._dataset)
-            table, ids, rows = self._ranks.on_first(read)
+            table, ids, rows = self._known.pop(name)
             set_rows(self._model, table, ids, rows)
             known, all_values = len({*ids.tolist()}), self._dataset.num_embeddings[name.partition("@")[0]] - 1
             line = f"{name}: {known:,} values begin with a vector of {file}, {all_values - known:,} have none there"
