@@ -73,6 +73,8 @@ class Case:
         """Of the model."""
         config, features = self.config.model, features_of_sizes(self.num_embeddings)
         architecture = architecture_of(config, self.model_class)
+        if architecture.tables(features):
+            raise ConfigError("`model_class`: asks for tables of its own, which no batch of this benchmark has")
         return ModelShape(config, NUM_CRITEO_DENSE, len(features), architecture, known_features=features)
 
 

@@ -239,7 +239,7 @@ def check_features(model: ModelConfig, features: Sequence[Feature], extra: Seque
             problems.append(f"{table}: is also that of {first.feature}, with the same init and frozen")
         if table.feature not in by_name or places.count((table.feature, table.group)) > 1:
             problems.append(f"{table}: there is no such feature, or it has two tables in the group")
-        if not table.group.isidentifier() or not 1 <= table.dim <= _MAX_DIM or table.dim != dims[table.group]:
+        if not table.group.isidentifier() or table.dim not in range(1, _MAX_DIM + 1) or table.dim != dims[table.group]:
             problems.append(f"{table}: the group is no name, or dim not one for all of it, from 1 to {_MAX_DIM:,}")
     for name, feature in model.features.items():
         key = f"model.features.{name}"

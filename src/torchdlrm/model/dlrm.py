@@ -128,9 +128,12 @@ class DLRM(nn.Module):
 
     def vectors(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
         """What interacts: [B, D] of the dense features, and [B, F, D] of the sparse ones, behind them of content."""
+        return self._beside_content(dense_features, self.sparse_arch(sparse_features))
+
+    def _beside_content(self, dense_features: Tensor, sparse_BFD: Tensor) -> tuple[Tensor, Tensor]:
         if not self.content_arch:
-            return self.dense_arch(dense_features), self.sparse_arch(sparse_features)
-        vectors, begin = [self.sparse_arch(sparse_features)], self._num_dense
+            return self.dense_arch(dense_features), sparse_BFD
+        vectors, begin = [sparse_BFD], self._num_dense
         for arch in self.content_arch.values():
             assert isinstance(arch, VectorArch), "as it was made"
             end = begin + arch.in_features
@@ -153,10 +156,12 @@ class DLRM(nn.Module):
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Maps [B, dense_in_features] and a KJT of F keys and stride B to logits [B, 1]."""
-        dense_BD, sparse_BFD = self.vectors(dense_features, sparse_features)
-        more = {"sequences": self.sparse_arch.sequences(sparse_features)} if self._reads_sequences else {}
-        interactions = self.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD, **more)
-        return self.over_arch(interactions)
+        if self._reads_sequences:
+            sparse_BFD, sequences = self.sparse_arch.with_sequences(sparse_features)
+            vectors, more = self._beside_content(dense_features, sparse_BFD), {"sequences": sequences}
+        else:
+            vectors, more = self.vectors(dense_features, sparse_features), {}
+        return self.over_arch(self.inter_arch(dense_features=vectors[0], sparse_features=vectors[1], **more))
 
 
 class DLRM_DCN(DLRM):  # noqa: N801 - TorchRec's name

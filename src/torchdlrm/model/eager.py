@@ -34,6 +34,11 @@ from torchdlrm.model.pooling import Pooling
 from torchdlrm.model.sparse_arch import SparseArch
 
 _TRACED_ROWS, _TRIAL_ROWS = 4, 3
+_OF_PADDING = (
+    "the gradient of a row of padding (dense features and embeddings all zeros) is nan or infinite, and with several "
+    "processes batches may end with such a row: add an epsilon where it divides, or takes a root"
+)
+_OF_ANY_ROW = "the loss or gradient of rows of random numbers is nan or infinite"
 
 
 class _BFloat16Linear(nn.Linear):
@@ -249,24 +254,41 @@ class _Trial:
             if isinstance(module, GlobalBatchNorm1d):
                 module.eval()  # its statistics are of all processes, which a trial does not ask
 
+    def _ids(self, embeddings: Tensor, num_padding: int = 0) -> KeyedJaggedTensor:
+        """Ids of as many rows as there are embeddings, which the tables give for them; the last ones are padding."""
+        num_rows, keys, dims = len(embeddings), [t.key for t in self._tables], [t.dim for t in self._tables]
+        lengths = (torch.arange(num_rows) < num_rows - num_padding).int().repeat(len(keys))
+        ids = torch.zeros(int(lengths.sum()), dtype=torch.int64)
+        features = KeyedJaggedTensor(keys, ids, torch.ones(len(ids)) if self._shape.is_weighted else None, lengths)
+        self._given.held[:] = [(features, KeyedTensor(keys, dims, embeddings))]
+        return features
+
+    def _random(self) -> tuple[Tensor, Tensor]:
+        width = sum(table.dim for table in self._tables)
+        return torch.rand(_TRIAL_ROWS, self._shape.num_inputs), torch.rand(_TRIAL_ROWS, width) - 0.5
+
+    def logits(self) -> list[Tensor]:
+        """Those of a few rows in evaluation: together, and of the first alone."""
+        (dense, embeddings), model, num_labels = self._random(), self._train.model.eval(), self._shape.num_labels
+        with torch.no_grad():
+            made = [model(dense[:n], self._ids(embeddings[:n])) for n in (_TRIAL_ROWS, 1)]
+        return [logits_of(output, num_labels).float() for output in made]
+
     def loss(self, num_padding: int) -> Tensor:
         """The loss of a few rows, of which the last ones are padding."""
-        num_rows, keys, dims = _TRIAL_ROWS - num_padding, [t.key for t in self._tables], [t.dim for t in self._tables]
-        lengths = (torch.arange(_TRIAL_ROWS) < num_rows).int().repeat(len(keys))
-        ids = torch.zeros(len(keys) * num_rows, dtype=torch.int64)
-        weights = torch.ones(len(ids)) if self._shape.is_weighted else None
-        features = KeyedJaggedTensor(keys, ids, weights, lengths=lengths)
-        dense, embeddings = torch.rand(_TRIAL_ROWS, self._shape.num_inputs), torch.rand(_TRIAL_ROWS, sum(dims)) - 0.5
-        dense[num_rows:] = embeddings[num_rows:] = 0
-        self._given.held[:] = [(features, KeyedTensor(keys, dims, embeddings.requires_grad_()))]
-        labels = torch.ones(_TRIAL_ROWS, self._shape.num_labels).squeeze(1)
+        dense, embeddings = self._random()
+        dense[_TRIAL_ROWS - num_padding :] = embeddings[_TRIAL_ROWS - num_padding :] = 0
+        features = self._ids(embeddings.requires_grad_(), num_padding)
+        labels = torch.arange(_TRIAL_ROWS).remainder(2).float()[:, None].repeat(1, self._shape.num_labels).squeeze(1)
         return self._train(_Slice(dense, features, labels, num_padding))[0]
 
     def gradients_are_finite(self, num_padding: int) -> bool:
-        """Whether those of all weights are."""
+        """Whether those of all weights are, and the loss."""
         self._train.zero_grad()
-        self.loss(num_padding).backward()
-        return all(weight.grad is None or bool(weight.grad.isfinite().all()) for weight in self._train.parameters())
+        loss = self.loss(num_padding)
+        loss.backward()
+        gradients = [weight.grad for weight in self._train.parameters() if weight.grad is not None]
+        return all(bool(found.isfinite().all()) for found in (loss, *gradients))
 
     def calls_of_first_nan(self) -> str:
         """The calls of the forward where padding makes the first nan, as a traceback shows them; "" if nothing does."""
@@ -282,15 +304,16 @@ def take_step(shape: ModelShape) -> None:
     """Take a step, forward and backward, with random weights on a few random rows and one of padding.
 
     Raises:
-        ArithmeticError: padding makes a gradient nan or infinite; its notes have the calls of the forward, if known.
+        ArithmeticError: a gradient is nan or infinite; its notes have the calls of the forward, if known. Or in
+            evaluation a logit is, or depends on other rows.
     """
     with torch.random.fork_rng(devices=[]):
         trial = _Trial(shape)
-        if trial.gradients_are_finite(num_padding=1) or not trial.gradients_are_finite(num_padding=0):
-            return
-        error = ArithmeticError(
-            "the gradient of a row of padding (dense features and embeddings all zeros) is nan or infinite, and with "
-            "several processes batches may end with such a row: add an epsilon where it divides, or takes a root"
-        )
-        error.add_note(trial.calls_of_first_nan())
-    raise error
+        if not trial.gradients_are_finite(num_padding=1):
+            error = ArithmeticError(_OF_PADDING if trial.gradients_are_finite(num_padding=0) else _OF_ANY_ROW)
+            error.add_note(trial.calls_of_first_nan())
+            raise error
+        together, alone = trial.logits()
+    if not together.isfinite().all() or not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-3):
+        msg = "in evaluation a row's logit must be finite, and depend on no other row: "
+        raise ArithmeticError(msg + f"three have {together.tolist()}, the first alone {alone.tolist()}")

@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.model.batch_norm import GlobalBatchNorm1d
+from torchdlrm.model.model_class import shape_of
 
 # What a model's forward gives: logits [B, L]; or these, and an auxiliary loss of each row [B], or what its loss reads.
 ModelOutput = Tensor | tuple[Tensor, Tensor]
@@ -97,9 +97,9 @@ def logits_of(output: ModelOutput, num_labels: int = 1) -> Tensor:
     Raises:
         ConfigError: they are not [B, L].
     """
-    logits_BL = output[0] if isinstance(output, tuple) else output
-    if logits_BL.dim() != 2 or logits_BL.shape[1] != num_labels:
-        raise ConfigError(f"`model_class`: its forward must give logits [rows, {num_labels}], got {[*logits_BL.shape]}")
+    logits_BL: Any = output[0] if isinstance(output, tuple) else output
+    if not isinstance(logits_BL, Tensor) or logits_BL.dim() != 2 or logits_BL.shape[1] != num_labels:
+        raise ConfigError(f"`model_class`: forward must give logits [rows, {num_labels}], got {shape_of(logits_BL)}")
     return logits_BL if num_labels > 1 else logits_BL.squeeze(1)
 
 
@@ -237,18 +237,16 @@ class BatchLoss(nn.Module):
         outputs, (model, method) = tuple(parts) if isinstance(output, tuple) else parts[0], self._own
         losses_B: Any = method(model, outputs, labels, weights_B)
         if not isinstance(losses_B, Tensor) or losses_B.shape != weights_B.shape:
-            got = [*getattr(losses_B, "shape", [type(losses_B).__name__])]
-            raise ConfigError(f"`model_class`: its `loss` must give a number of each row [rows], got {got}")
+            raise ConfigError(f"`model_class`: `loss` must give a number of each row [rows], got {shape_of(losses_B)}")
         return losses_B
 
 
 def _auxiliary(output: tuple[Tensor, Tensor], batch: TrainingBatch) -> Tensor:
-    logits, auxiliary_B = output
-    if auxiliary_B.shape != logits.shape[:1]:
+    logits, *others = output
+    if [shape_of(other) for other in others] != [[len(logits)]]:
         msg = f"`model_class`: its forward must give logits [rows, {logits.shape[1]}] and an auxiliary loss [rows], "
-        msg += f"got {[*logits.shape]} and {[*auxiliary_B.shape]}"
-        raise ConfigError(msg)
-    return without_padding(auxiliary_B.float(), batch)
+        raise ConfigError(msg + f"got {' and '.join(str(shape_of(part)) for part in output)}")
+    return without_padding(others[0].float(), batch)
 
 
 class DLRMTrain(nn.Module):
@@ -276,7 +274,7 @@ class DLRMTrain(nn.Module):
         self.model = dlrm_module
         self.around = Around(dlrm_module)
         self.loss = BatchLoss(dlrm_module, negative_weight, labels, loss_weights)
-        if any(isinstance(module, GlobalBatchNorm1d) for module in dlrm_module.modules()):
+        if any(hasattr(module, "num_padding") for module in dlrm_module.modules()):
             self.register_forward_pre_hook(_announce_padding)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -293,5 +291,5 @@ class DLRMTrain(nn.Module):
 def _announce_padding(train: nn.Module, arguments: tuple[TrainingBatch]) -> None:
     """Tell the modules that look at more than one row which of the next ones count; unseen by a tracer."""
     for module in train.modules():
-        if isinstance(module, GlobalBatchNorm1d):
-            module.num_padding = getattr(arguments[0], "num_padding", 0)
+        if hasattr(module, "num_padding"):
+            vars(module)["num_padding"] = getattr(arguments[0], "num_padding", 0)

@@ -19,9 +19,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from torchdlrm.config import ModelConfig
@@ -100,8 +101,7 @@ class CustomArchitecture(Architecture):
 
         taken = inspect.signature(self.make).parameters.values()
         if shape.content and not self.is_interaction and not any(p.name == "content" or p.kind == 4 for p in taken):
-            msg = f"`model_class`: {self.record.name} takes no `content`, and the dataset has vectors (docs/models.md)"
-            raise ConfigError(msg)
+            self._refuse("takes no `content`, and the dataset has vectors (docs/models.md)")
         own, how = self._own_arguments(shape), {**shape.arguments, "dense_device": device}
         with _reported(self.record.name):
             model: Any = (
@@ -112,31 +112,19 @@ class CustomArchitecture(Architecture):
         self._require_module(model)
         held = getattr(getattr(model, "sparse_arch", None), "embedding_bag_collection", None)
         if held is not embedding_bag_collection:
-            msg = (
-                f"`model_class`: {self.record.name} must hold the tables that it is given as "
-                "sparse_arch.embedding_bag_collection, as torchdlrm.SparseArch does"
-            )
-            raise ConfigError(msg)
+            how_held = "sparse_arch.embedding_bag_collection, as torchdlrm.SparseArch does"
+            self._refuse(f"must hold the tables that it is given as {how_held}")
         for name, module in model.named_modules():
             if isinstance(module, _OF_ONE_PROCESS):
-                msg = (
-                    f"`model_class`: {name} of {self.record.name} is a torch.nn.{type(module).__name__}, whose "
-                    "statistics would be those of one process's rows; take torchdlrm.GlobalBatchNorm1d"
-                )
-                raise ConfigError(msg)
+                why = "whose statistics would be those of one process's rows; take torchdlrm.GlobalBatchNorm1d"
+                self._refuse(f"is a torch.nn.{type(module).__name__}, {why}", of=name)
             if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)) and module is not held:
-                msg = (
-                    f"`model_class`: {name} of {self.record.name} is another {type(module).__name__}; the tables are "
-                    "those that it is given, and numbers for each id can be a torch.nn.Parameter (docs/models.md)"
-                )
-                raise ConfigError(msg)
+                why = "the tables are those that it is given; a class method `tables` asks for others (docs/models.md)"
+                self._refuse(f"is another {type(module).__name__}; {why}", of=name)
         for name, value in model.state_dict().items():
             if value.dtype != torch.float32:
-                msg = (
-                    f"`model_class`: {name} of {self.record.name} is {value.dtype}; weights and buffers must be "
-                    "float32, or be registered with persistent=False, which leaves them out of checkpoints and bundles"
-                )
-                raise ConfigError(msg)
+                why = "must be float32, or registered with persistent=False, and so in no checkpoint and no bundle"
+                self._refuse(f"is {value.dtype}; weights and buffers {why}", of=name)
         return model
 
     def _dlrm_of_interaction(self, own: Mapping[str, Any], **arguments: Any) -> nn.Module:
@@ -158,37 +146,33 @@ class CustomArchitecture(Architecture):
         self._require_module(interaction)
         size: Any = getattr(interaction, "output_size", None)
         if not isinstance(size, int) or size < 1:
-            msg = f"`model_class`: {self.record.name} must have an output_size, how many numbers it gives, got {size}"
-            raise ConfigError(msg)
+            self._refuse(f"must have an output_size, how many numbers it gives, got {size}")
         if "sequences" in inspect.signature(interaction.forward).parameters:
             return interaction, size
         dense, sparse = torch.zeros(2, embedding_dim), torch.zeros(2, num_sparse_features, embedding_dim)
         with torch.no_grad():
             found: Any = interaction.eval()(dense_features=dense, sparse_features=sparse)
         interaction.train()
-        if not isinstance(found, torch.Tensor) or found.shape != (2, size):
-            got = [*found.shape] if isinstance(found, torch.Tensor) else type(found).__name__
-            msg = (
-                f"`model_class`: the forward of {self.record.name} must map {[*dense.shape]} and {[*sparse.shape]} to "
-                f"[2, {size}], as its output_size says, got {got}"
-            )
-            raise ConfigError(msg)
+        if shape_of(found) != [2, size]:
+            to = f"[2, {size}], as its output_size says, got {shape_of(found)}"
+            self._refuse(f"must map {[*dense.shape]} and {[*sparse.shape]} to {to}", of="the forward")
         return interaction, size
 
     def _require_module(self, made: Any) -> None:
         if not isinstance(made, nn.Module):
-            msg = f"`model_class`: {self.record.name} makes a {type(made).__name__}, which is no torch.nn.Module"
-            raise ConfigError(msg)
+            self._refuse(f"makes a {type(made).__name__}, which is no torch.nn.Module")
+
+    def _refuse(self, why: str, of: str = "") -> NoReturn:
+        raise ConfigError(f"`model_class`: {of and f'{of} of '}{self.record.name} {why}")
 
     def tables(self, features: Sequence[Feature]) -> Sequence[Table]:
         """What its class method `tables` asks for; raises ConfigError where that cannot be."""
         with _reported(self.record.name):
             found = tuple(getattr(self.make, "tables", lambda *_, **__: ())(features, **dict(self.settings)))
+        if wrong := [table for table in found if not isinstance(table, Table)]:
+            self._refuse(f"must give torchdlrm.Tables, and has {wrong[0]!r}", of="`tables`")
         if found and self.is_interaction:
-            msg = (
-                f"`model_class`: {self.record.name} asks for tables, which no interaction arch is given; subclass DLRM"
-            )
-            raise ConfigError(msg)
+            self._refuse("asks for tables, which no interaction arch is given; subclass DLRM")
         return found
 
     def products(self, shape: ModelShape) -> Sequence[Product]:
@@ -208,6 +192,11 @@ class CustomArchitecture(Architecture):
 
         with _reported(self.record.name):
             take_step(shape)
+
+
+def shape_of(value: object) -> list[int] | str:
+    """The shape of a tensor, and of anything else the name of its type: for messages."""
+    return [*value.shape] if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def reported(architecture: Architecture) -> AbstractContextManager[None]:
@@ -289,10 +278,12 @@ def _settings(make: Callable[..., nn.Module], name: str, given: Mapping[str, Set
     Raises:
         ConfigError: it has no such setting, or a value is of another type than its default.
     """
-    defaults: dict[str, Setting] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in getattr(make, "settings", {}).items()
-    }
-    problems = []
+    problems, own = [], getattr(make, "settings", {})
+    try:
+        defaults = ModelConfig(settings=own).settings
+    except ValidationError as error:
+        what = f"`settings` of {name} must be numbers, texts, switches or lists by name, got {own!r}"
+        raise ConfigError(f"`model_class`: {what}") from error
     for key, value in given.items():
         if key not in defaults:
             there = f"; it has {', '.join(defaults)}" if defaults else ""

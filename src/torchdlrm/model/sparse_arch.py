@@ -128,17 +128,28 @@ class SparseArch(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Maps a KJT of a key for each table and stride B to [B, F, D]."""
-        embeddings = self.embedding_bag_collection(features)
+        return self.with_sequences(features)[0]
+
+    def with_sequences(self, features: KeyedJaggedTensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """What `forward` gives, and what was looked up of the features whose values are looked up one by one.
+
+        Returns:
+            [B, F, D]; and of such a feature by its name the embeddings [B, P, D], the newest value's first and zeros
+            behind a row's last, and where there is a value, bool [B, P].
+        """
+        embeddings, sequences = self.embedding_bag_collection(features), dict[str, tuple[Tensor, Tensor]]()
         if self._are_plain:
-            return stack_embeddings(embeddings, self.sparse_feature_names, self.D)
+            return stack_embeddings(embeddings, self.sparse_feature_names, self.D), sequences
         vectors = self._vectors(embeddings)
         for name, pool in self.poolings.items():
             key = self._pooled[name][0]
-            own_BKD, target_BD = (
-                vectors[of] for of in (key.feature, getattr(key.pooling, "target", None) or key.feature)
-            )
-            vectors[key.feature] = pool(own_BKD, self._lengths(key, own_BKD.shape[1], features).sum(dim=0), target_BD)
-        return torch.stack([*vectors.values()], dim=1)
+            own_BKD, target = vectors[key.feature], getattr(key.pooling, "target", None) or key.feature
+            first = features.keys().index(key.key)
+            lengths_KB = features.lengths().view(len(self._tables), -1)[first : first + own_BKD.shape[1]]
+            vectors[key.feature] = pool(own_BKD, lengths_KB.sum(dim=0), vectors[target])
+            if key.position is not None:
+                sequences[key.feature] = own_BKD, lengths_KB.t() > 0
+        return torch.stack([*vectors.values()], dim=1), sequences
 
     def _vectors(self, embeddings: KeyedTensor) -> dict[str, Tensor]:
         """The vector of each feature, [B, D]; of one that is pooled what its keys have looked up, [B, K, D]."""
@@ -154,28 +165,11 @@ class SparseArch(nn.Module):
                 vectors[table.feature] = vector
         return vectors
 
-    def sequences(self, features: KeyedJaggedTensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """What was looked up of the features whose values are looked up one by one.
-
-        Returns:
-            Of such a feature by its name the embeddings [B, P, D], the newest value's first and zeros behind a row's
-            last, and where there is a value, bool [B, P].
-        """
-        vectors = self._vectors(self.embedding_bag_collection(features))
-        return {
-            key.feature: (vectors[key.feature], self._lengths(key, 1 + len(more), features).t() > 0)
-            for key, *more in self._pooled.values()
-            if key.position is not None
-        }
-
-    def _lengths(self, key: FeatureTable, num_keys: int, features: KeyedJaggedTensor) -> Tensor:
-        """How many values each row has of the first keys of a feature: [K, B]."""
-        first = features.keys().index(key.key)
-        lengths: Tensor = features.lengths().view(len(self._tables), -1)[first : first + num_keys]
-        return lengths
-
     def group(self, name: str, features: KeyedJaggedTensor) -> Tensor:
         """The rows of a group of tables that a model class asks for: [B, F, dim] of F features, in schema order."""
         found = embeddings_of_groups(self.embedding_bag_collection(features), self._groups)
         tables = zip((group[0].asked for group in self._groups), found, strict=True)
-        return torch.stack([rows[:, : asked.dim] for asked, rows in tables if asked and asked.group == name], dim=1)
+        asked_for = [rows[:, : asked.dim] for asked, rows in tables if asked and asked.group == name]
+        if not asked_for:
+            raise ValueError(f"no feature here has a table of a group {name!r}")
+        return torch.stack(asked_for, dim=1)

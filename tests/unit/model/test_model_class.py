@@ -11,8 +11,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from helpers.interactions import INTERACTIONS
 from torchdlrm.config import ModelConfig
+from torchdlrm.config.model import FeatureConfig
 from torchdlrm.errors import ConfigError
-from torchdlrm.features.tables import features_of_sizes
+from torchdlrm.features.tables import Feature, features_of_sizes
 from torchdlrm.model.architecture import ModelShape, built_in
 from torchdlrm.model.dlrm import DLRM
 from torchdlrm.model.eager import EagerModel, trace_products
@@ -90,6 +91,14 @@ class WithTablesOfItsOwn(DLRM):
         configs = arguments["embedding_bag_collection"].embedding_bag_configs()
         tables = [replace(table, name=f"wide_{table.name}", embedding_dim=4) for table in configs]
         self.wide = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+
+
+class OfAList(DLRM):
+    settings: ClassVar = ["depth"]
+
+
+class OfAModule(DLRM):
+    settings: ClassVar = {"depth": torch.nn.ReLU()}
 
 
 class NeedsMore(torch.nn.Module):
@@ -180,6 +189,8 @@ def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypa
         ),
         ("torchdlrm.model.dlrm:DLMR", r"there is no DLMR in torchdlrm.model.dlrm; did you mean DLRM\?"),
         (7, "no class or function with a name"),
+        (OfAList, r"`settings` of .*OfAList must be numbers, texts, .* got \['depth'\]"),
+        (OfAModule, r"`settings` of .*OfAModule must be numbers, texts, .* got {'depth': ReLU\(\)}"),
     ],
 )
 def test_what_is_no_model_class_is_refused(model_class, message):
@@ -272,6 +283,88 @@ class FailsInTraining(DLRM):
     def forward(self, dense_features, sparse_features):
         logits = super().forward(dense_features, sparse_features)
         return (logits, logits.square()) if self.training else logits
+
+
+class Named(DLRM):
+    def forward(self, dense_features, sparse_features):
+        return {"logits": super().forward(dense_features, sparse_features)}
+
+
+class OfNumbers(DLRM):
+    def forward(self, dense_features, sparse_features):
+        logits = super().forward(dense_features, sparse_features)
+        return (logits, 0.1) if self.training else logits
+
+
+class Nan(DLRM):
+    def forward(self, dense_features, sparse_features):
+        return super().forward(dense_features, sparse_features) * float("nan")
+
+
+class NanInEvaluation(DLRM):
+    def forward(self, dense_features, sparse_features):
+        logits = super().forward(dense_features, sparse_features)
+        return logits if self.training else logits * float("nan")
+
+
+class LooksAtOtherRows(DLRM):
+    def forward(self, dense_features, sparse_features):
+        logits = super().forward(dense_features, sparse_features)
+        return logits + torch.softmax(logits, dim=0)
+
+
+class OfTuples(DLRM):
+    @classmethod
+    def tables(cls, features):  # noqa: ARG003
+        return [("item", 4, "wide")]
+
+
+class OfNoGroup(DLRM):
+    def forward(self, dense_features, sparse_features):
+        wide = self.sparse_arch.group("wide", sparse_features)
+        return super().forward(dense_features, sparse_features) + wide.sum(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"),
+    [
+        (Named, r"forward must give logits \[rows, 1\], got dict"),
+        (OfNumbers, r"an auxiliary loss \[rows\], got \[3, 1\] and float"),
+        (Nan, r"Nan fails \(line \d+\): ArithmeticError: the loss or gradient of rows of random numbers is nan"),
+        (NanInEvaluation, r"in evaluation a row's logit must be finite, and .* three have \[nan, nan, nan\]"),
+        (
+            LooksAtOtherRows,
+            r"OtherRows fails: ArithmeticError: in evaluation a row's logit must .* depend on no other row",
+        ),
+        (OfTuples, r"`tables` of .*OfTuples must give torchdlrm.Tables, and has \('item', 4, 'wide'\)"),
+        (OfNoGroup, r"OfNoGroup fails \(line \d+\): ValueError: no feature here has a table of a group 'wide'"),
+    ],
+)
+def test_what_would_fail_or_predict_otherwise_later_is_refused_before_it_is_trained(model_class, message):
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
+    with pytest.raises(ConfigError, match=message):
+        shape.architecture.check(shape)
+
+
+class ReadsSequences(Sum):
+    def forward(self, dense_features, sparse_features, sequences):
+        self.given = sparse_features, sequences
+        return super().forward(dense_features, sparse_features)
+
+
+def test_an_interaction_reads_vectors_and_sequences_of_one_look_at_the_tables():
+    config = CONFIG.with_features({"seen": FeatureConfig(pooling="last")})
+    features = (Feature("a", 5), Feature("b", 6), Feature("seen", 7, is_multi_valued=True, max_values=3))
+    shape = ModelShape(config, 4, 3, architecture_of(config, ReadsSequences), known_features=features)
+    model, looks = EagerModel(shape), []
+    model.module.sparse_arch.embedding_bag_collection.register_forward_hook(lambda *_: looks.append(1))
+    pooled = torch.rand(2, 3, 8)
+    model.logits(torch.rand(2, 4), torch.zeros(5, dtype=torch.int64), torch.tensor([1, 1, 1, 1, 0, 1]), pooled)
+    vectors, sequences = model.module.inter_arch.given
+    assert looks == [1]
+    assert torch.equal(vectors, pooled)
+    assert torch.equal(sequences["seen"][0], pooled[:, 2:])
+    assert sequences["seen"][1].tolist() == [[False], [True]]
 
 
 PADDING = "ArithmeticError: the gradient of a row of padding .* is nan or infinite.*: add an epsilon where it divides"
