@@ -28,11 +28,13 @@ from torchdlrm.exporting.onnx_file import onnx_inputs
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.columns import DenseColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vectors import typed_vectors
 from torchdlrm.loader.loader import Loader
 from torchdlrm.logs.proposal.propose import propose_schema
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.dlrm import VectorArch
 from torchdlrm.model.model_class import architecture_of
+from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
@@ -203,6 +205,15 @@ def test_a_bad_cell_of_a_log_is_a_bad_row(cell, shown, rows, schema, tmp_path):
     assert made.manifest.bad_rows.counts == {"vector": 1}
 
 
+def test_scores_with_all_columns_are_a_log_again(log, predictor, tmp_path):
+    first, second = tmp_path / "first.csv", tmp_path / "second.parquet"
+    predict_file(predictor, RowsIn([log], predictor.schema, kept="all"), first)
+    predict_file(predictor, RowsIn([first], predictor.schema, "csv"), second)
+    np.testing.assert_array_equal(
+        pl.read_csv(first)["prediction"].cast(pl.Float32), pl.read_parquet(second)["prediction"]
+    )
+
+
 def test_an_empty_list_is_a_missing_vector(rows, predictor):
     row = {name: cell for name, cell in rows[0].items() if name not in ("click", "text")}
     given = [row, {**row, "text": []}, {**row, "text": None}, {**row, "text": ""}, {**row, "text": [0, 0, 0, 0, 0.0]}]
@@ -215,6 +226,13 @@ def test_a_proposal_has_the_vectors(rows, tmp_path):
     vectors = [(column["name"], column["size"]) for column in proposed.schema["columns"] if "size" in column]
     assert vectors == [("text", 5), ("picture", 3)]
     assert not any("text" in warning for warning in proposed.warnings)
+
+
+@pytest.mark.parametrize("cell", ["", "[]", "[ ]"])
+def test_an_empty_list_in_a_text_is_a_missing_vector(cell):
+    column = DenseColumn(name="text", kind="vector", size=1)
+    vectors, is_bad = typed_vectors(pl.Series([cell, "[2]"]), column)
+    assert (vectors.to_list(), is_bad.tolist()) == ([None, [2.0]], [False, False])
 
 
 def test_a_bad_number_of_a_text_is_shown(rows, schema, tmp_path):

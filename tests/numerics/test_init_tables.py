@@ -116,6 +116,8 @@ def test_new_values_begin_with_vectors_where_another_run_is_continued(dataset, t
         ),
         ("item", {"value": ["1"], "vector": [[float("nan")]]}, "'1' has not one vector of 1 finite"),
         ("item", {"value": ["1", "1"], "vector": [[1.0], [2.0]]}, "'1' has not one vector"),
+        ("item", {"value": ["1", "01"], "vector": [[1.0], [2.0]]}, "'1' has not one vector"),
+        ("item", {"value": ["1"], "vector": [[1e300]]}, "'1' has not one vector of 1 finite"),
         ("item", {"value": ["x", "y"], "vector": [[1.0], None]}, "no value of .* has an id in"),
         ("item", {"value": ["1"]}, "columns value and vector"),
     ],

@@ -63,7 +63,7 @@ def typed_vectors(cells: pl.Series, column: DenseColumn) -> tuple[pl.Series, NDA
     if isinstance(cells.dtype, pl.Array):
         cells = cells.arr.to_list()
     elif not isinstance(cells.dtype, pl.List):
-        texts = cells.cast(pl.String).str.strip_chars("[ ]")
+        texts = cells.cast(pl.String).str.strip_chars("[ ]").replace("", None)
         cells = texts.str.split(",").list.eval(pl.element().str.strip_chars())
     lengths = cells.list.len().fill_null(0).to_numpy()
     is_good = lengths == column.size

@@ -303,11 +303,9 @@ def _scores(chunk: RowChunk, scores: Mapping[str, NDArray[Any]], rows: RowsIn, *
 def _written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Series:
     """A column as a log has it; in a CSV file lists are joined."""
     column = next((column for column in schema.sparse if column.name == cells.name), None)
-    if column is None:
-        return cells
-    cells = written_cells(cells, column)
-    if column.value_separator is not None and as_text:
-        return cells.cast(pl.List(pl.String)).list.join(column.value_separator)
+    cells = cells if column is None else written_cells(cells, column)
+    if as_text and isinstance(cells.dtype, pl.List):  # a vector's numbers, too
+        return cells.cast(pl.List(pl.String)).list.join(getattr(column, "value_separator", ","))
     return cells
 
 

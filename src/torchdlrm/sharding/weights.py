@@ -86,14 +86,17 @@ def known_rows(file: str, name: str, tables: Sequence[FeatureTable], dataset: Da
     if name not in of:
         msg = f"train.init_tables.{name}: there is no such table; there is {', '.join(of)}{did_you_mean(name, of)}"
         raise ConfigError(msg)
-    table = of[name]
+    table, vocabulary = of[name], dataset.vocabulary(name.partition("@")[0])
     try:
         values = pl.read_parquet(fetch(located(file)), columns=["value", "vector"]).drop_nulls()
+        typed = values.select(KINDS[vocabulary.kind].from_text(pl.col("value").cast(pl.String))).to_series()
+        if values["value"].dtype.is_numeric():  # 3.0 is 3, as in a log
+            typed, _ = KINDS[vocabulary.kind].from_numbers(values["value"])
         lists = values["vector"].cast(pl.List(pl.Float64))
         lengths = lists.list.len().to_numpy()
         size = int(np.bincount(lengths, minlength=2).argmax()) or 1
-        finite = lists.list.eval(pl.element().is_finite().fill_null(value=False)).list.all()
-        wrong = pl.Series(lengths != size) | ~finite | values["value"].is_duplicated()
+        finite = lists.list.eval(pl.element().cast(pl.Float32).is_finite().fill_null(value=False)).list.all()
+        wrong = pl.Series(lengths != size) | ~finite | (typed.is_duplicated() & typed.is_not_null())
         if wrong.any():
             msg = f"{values['value'].filter(wrong)[0]!r} has not one vector of {size} finite numbers"
             raise ValueError(msg)
@@ -105,9 +108,7 @@ def known_rows(file: str, name: str, tables: Sequence[FeatureTable], dataset: Da
     if vectors.shape[1] > dim:
         vectors = vectors - vectors.mean(axis=0)
         vectors = vectors @ np.linalg.eigh(vectors.T @ vectors)[1][:, : -dim - 1 : -1]
-    vocabulary = dataset.vocabulary(name.partition("@")[0])
-    typed = values.select(KINDS[vocabulary.kind].from_text(pl.col("value").cast(pl.String))).to_series()
-    ids = vocabulary.lookup(typed).to_numpy().astype(np.int64)
+    ids = np.where(typed.is_null(), 0, vocabulary.lookup(typed)).astype(np.int64)
     if not ids.any():
         msg = f"train.init_tables.{name}: no value of {file} has an id in {dataset.path}; write them as in the log"
         raise ConfigError(msg)
