@@ -187,10 +187,7 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
     if check is None:
         return
     rows = [
-        {
-            "": f"{what}{label and f', {label}'}",
-            **{METRICS[name].label: show_number(value, 6) for name, value in metrics},
-        }
+        {"": f"{what}{label and f', {label}'}", **{METRICS[name].label: show_number(x, 6) for name, x in metrics}}
         for label, of in {bundle.schema.first_of_several: check, **check.labels}.items()
         for what, metrics in (("checkpoint", of.checkpoint), ("bundle", of.bundle))
     ]

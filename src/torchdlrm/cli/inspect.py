@@ -72,7 +72,7 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         from torchdlrm.training.source_run import SourceRun
 
         say(f"started from {SourceRun(environment['warm_start'])}")
-    first = content.get("label", "")
+    best = f"best val AUC so far{(first := content.get('label', '')) and f', {first}'}"
     for split, line in content["last_metrics"].items():
         names = ("loss", *logged_names())
         for label, of in {first: line, **line.get("labels", {})}.items():
@@ -82,9 +82,7 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         {
             "checkpoint": f"step {step:,}",
             "epoch": "-" if about["epoch"] is None else str(about["epoch"]),
-            f"best val AUC so far{first and f', {first}'}": "-"
-            if about["best_auc"] is None
-            else f"{about['best_auc']:.4f}",
+            best: "-" if about["best_auc"] is None else f"{about['best_auc']:.4f}",
             "files": about["damage"] or "undamaged",
         }
         for step, about in content["checkpoints"].items()

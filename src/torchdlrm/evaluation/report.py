@@ -44,11 +44,11 @@ def report_page(run: Run) -> str:
         for name, value in environment.items()
         if name not in {"dataset", "warm_start", "started", "command"} and value != []
     ]
-    first = run.config.train.first_of_several
+    whose = (first := run.config.train.first_of_several) and f", {first}"
     source = f"Started from {SourceRun(environment['warm_start'])}." if "warm_start" in environment else ""
     parts = [
         Part(text=[text for text in ("" if lines else "Nothing has been logged yet.", source) if text]),
-        *_curves("Learning curves", _by_split(lines), first),
+        *_curves("Learning curves", _by_split(lines), whose),
         *_judged({"": run}),
         Part("Time of a step by part", rows=_step(run)),
         Part("Config, where it differs from the defaults", [] if changed else ["Nowhere."], rows=changed, wraps=True),
@@ -56,7 +56,7 @@ def report_page(run: Run) -> str:
         *_plan(run),
         Part("Environment", rows=machine, left=("at the start",), wraps=True),
     ]
-    entries = [*_times(run, lines), *_cards(lines, first)]
+    entries = [*_times(run, lines), *_cards(lines, whose)]
     title = f"Run {run.path.resolve().name}"
     return render(title, parts, command=environment.get("command", ""), entries=entries)
 
@@ -76,12 +76,12 @@ def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressL
         name: setting_values(run.config) | {"dataset": run.environment["dataset"]["path"]}
         for name, run in named.items()
     }
-    first = ", ".join(filter(None, dict.fromkeys(run.config.train.first_of_several for run in runs)))
+    whose = "".join(f", {first}" for first in dict.fromkeys(run.config.train.first_of_several for run in runs) if first)
     parts = [
-        Part("Runs", rows=[{"run": name} | dict(_cards(of_run, first)) for name, of_run in lines.items()]),
+        Part("Runs", rows=[{"run": name} | dict(_cards(of_run, whose)) for name, of_run in lines.items()]),
         Part("Settings that differ", rows=_differing(settings), wraps=True),
-        *_curves("Learning curves, val", {name: log["val"] for name, log in logs.items()}, first),
-        *_curves("Learning curves, train", {name: log["train"] for name, log in logs.items()}, first),
+        *_curves("Learning curves, val", {name: log["val"] for name, log in logs.items()}, whose),
+        *_curves("Learning curves, train", {name: log["train"] for name, log in logs.items()}, whose),
         *_judged(named),
     ]
     found = (
@@ -94,9 +94,9 @@ def runs_page(runs: Sequence[Run], split: str | None = None, progress: ProgressL
     return render(f"{len(runs)} runs", parts, lead=f"{found.verdict}.")
 
 
-def _curves(heading: str, logs: Mapping[str, Sequence[Line]], first: str) -> Iterator[Part]:
+def _curves(heading: str, logs: Mapping[str, Sequence[Line]], whose: str) -> Iterator[Part]:
     """Yield the curves of lines by name: of the label that comes first of several, then of each other."""
-    yield Part(f"{heading}{first and f', {first}'}", charts=_log_charts(logs))
+    yield Part(f"{heading}{whose}", charts=_log_charts(logs))
     for label in dict.fromkeys(label for lines in logs.values() for line in lines for label in line.get("labels", ())):
         of_label = {
             name: [{**line, **line["labels"][label]} for line in lines if label in line.get("labels", ())]
@@ -161,7 +161,7 @@ def _times(run: Run, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
         yield "until its last line of metrics", show_duration(max(0.0, logged_s[-1] - began_s))
 
 
-def _cards(lines: Sequence[Line], first: str) -> Iterator[tuple[str, str]]:
+def _cards(lines: Sequence[Line], whose: str) -> Iterator[tuple[str, str]]:
     """Yield the most important values, each with its name, and that of the label that comes first of several."""
     if not lines:
         return
@@ -173,13 +173,10 @@ def _cards(lines: Sequence[Line], first: str) -> Iterator[tuple[str, str]]:
     for name, caption in _captions().items():
         judged = [line for line in lines if line["split"] == "val" and _is_number(line, name)]
         if judged:
-            yield f"val {caption}, last{first and f', {first}'}", show_number(judged[-1][name], 4)
+            yield f"val {caption}, last{whose}", show_number(judged[-1][name], 4)
         if judged and name == BEST:
             best = max(judged, key=lambda line: line[BEST])
-            yield (
-                f"val {caption}, best{first and f', {first}'}",
-                f"{show_number(best[BEST], 4)} at step {best['step']:,}",
-            )
+            yield f"val {caption}, best{whose}", f"{show_number(best[BEST], 4)} at step {best['step']:,}"
 
 
 def _captions() -> dict[str, str]:

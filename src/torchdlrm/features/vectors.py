@@ -21,7 +21,7 @@ from torchdlrm.errors import shown
 from torchdlrm.features.columns import Column, DenseColumn
 
 _BLOCK_ROWS = 1_024
-_NO_NUMBERS = [math.nan]
+_NO_LIST = [math.nan]
 
 
 def is_vector(column: Column) -> TypeGuard[DenseColumn]:
@@ -82,8 +82,7 @@ def cells_of_json(cells: Sequence[Any], column: DenseColumn) -> tuple[pl.Series,
     nulls = ("", *(column.null_values or ()))
     is_null = [cell is None or (isinstance(cell, str) and cell in nulls) for cell in cells]
     lists = [None if null else _numbers_of(cell) for cell, null in zip(cells, is_null, strict=True)]
-    places = [place for place, numbers in enumerate(lists) if numbers is _NO_NUMBERS]
-    faults = {place: f"no list of {column.size} numbers: {shown(cells[place])}" for place in places}
+    faults = {i: f"no list of {column.size} numbers: {shown(cells[i])}" for i, of in enumerate(lists) if of is _NO_LIST}
     return pl.Series(column.name, lists, pl.List(pl.Float64)), faults
 
 
@@ -102,4 +101,4 @@ def _numbers_of(cell: Any) -> list[float]:
         )
         if isinstance(values, list | tuple) and {float, int}.issuperset(map(type, values)):
             return [*map(float, values)]
-    return _NO_NUMBERS
+    return _NO_LIST

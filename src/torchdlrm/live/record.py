@@ -108,9 +108,7 @@ class GateRecord(JudgedLabel):
 
     passed: bool
     reasons: tuple[str, ...]
-    labels: dict[str, Annotated[JudgedLabel, BeforeValidator(_judged)]] = Field(
-        {}, exclude_if=lambda labels: not labels
-    )
+    labels: dict[str, Annotated[JudgedLabel, BeforeValidator(_judged)]] = Field({}, exclude_if=lambda found: not found)
 
 
 class PeriodRecord(Record):

@@ -160,7 +160,6 @@ def _progressive(periods: Sequence[PeriodRecord], metric: Metric) -> Chart | Non
 
 
 def _gates(periods: Sequence[PeriodRecord]) -> Iterator[Chart | None]:
-    """Yield a chart of each label."""
     for label in (periods[-1].label, *periods[-1].gate.labels):
         gates = [record.gate.labels.get(label, record.gate) for record in periods]
         curves = {
@@ -229,7 +228,7 @@ def _published_bytes(periods: Sequence[PeriodRecord]) -> Chart | None:
 
 def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: int | None) -> dict[str, str]:
     """A line of the table of all periods."""
-    metrics, loss = _metrics(record), METRICS[LOSS]
+    metrics, best, loss = _metrics(record), METRICS[BEST], METRICS[LOSS]
     shown: dict[str, str] = {}
     for metric in metrics_in("table"):
         shown[metric.label] = _shown(metrics, metric)
@@ -244,10 +243,7 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
         "rows": f"{record.rows:,}",
         "click rate": show_number(record.clicks / record.rows if record.rows else None, 4),
         **shown,
-        **{
-            f"{METRICS[BEST].label} {label}": _shown(of, METRICS[BEST])
-            for label, of in _metrics(record, "labels").items()
-        },
+        **{f"{best.label} {label}": _shown(of, best) for label, of in _metrics(record, "labels").items()},
         "unknown %": show_number(_mean_unseen_percent(record), 2),
         "gate: before": _shown(record.gate.old or {}, loss),
         "gate: after": _shown(record.gate.new, loss),
