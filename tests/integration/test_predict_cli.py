@@ -189,17 +189,34 @@ def without_progress(told):
     return [line for line in told.splitlines() if not re.match(r"\d\d:\d\d:\d\d (verify|predict): ", line)]
 
 
+# A shell starts the first one from nothing; the others close a stream as it would, in a process that is forked.
+CLOSES = """
+import os, runpy, sys
+sys.argv, stream = sys.argv[1:], sys.argv[1:].index("--closes")
+name = sys.argv[stream + 1]
+del sys.argv[stream : stream + 2]
+os.close(getattr(sys, name).fileno())
+setattr(sys, name, None)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize(
-    ("redirected", "code", "message"),
+    ("given", "closes", "code", "message"),
     [
-        ("{log} > /dev/full", 1, "failed: standard output: No space left on device; free some space and start the"),
-        ("{log} >&-", 2, "error: --out: standard output is closed; name a file to write to"),
-        ("- <&-", 2, "error: standard input: is closed; give the log as a file, or pipe it in"),
+        ("{log}", None, 1, "failed: standard output: No space left on device; free some space and start the"),
+        ("{log}", "stdout", 2, "error: --out: standard output is closed; name a file to write to"),
+        ("-", "stdin", 2, "error: standard input: is closed; give the log as a file, or pipe it in"),
     ],
 )
-def test_standard_streams_that_fail_are_one_line(redirected, code, message, small_bundle, small_log):
-    command = f"{DLRM} predict {small_bundle} {redirected.format(log=small_log)}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+def test_standard_streams_that_fail_are_one_line(given, closes, code, message, small_bundle, small_log, tmp_path):
+    command = [DLRM, "predict", small_bundle, given.format(log=small_log)]
+    if closes is None:
+        shell = ["bash", "-c", f"{' '.join(map(str, command))} > /dev/full"]
+        done = subprocess.run(shell, capture_output=True, text=True, check=False, timeout=120)
+    else:
+        (tmp_path / "closes.py").write_text(CLOSES)
+        done = shared_server().run([tmp_path / "closes.py", *command, "--closes", closes])
     assert done.returncode == code
     (line,) = without_progress(done.stderr)
     assert line.startswith(message)

@@ -11,7 +11,8 @@ CONFIG = "criteo-small"
 def test_profile_of_two_processes(small_dataset, dlrm, tmp_path):
     run = tmp_path / "run"
     done = dlrm(
-        "train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--nproc-per-node", 2, "--profile", "--json"
+        *("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--nproc-per-node", 2, "--profile", "--json"),
+        *("--train.max-steps", 30),
     )
     assert done.returncode == 0, done.stderr
     assert "of which hidden" in done.stderr

@@ -101,7 +101,7 @@ def same_bits(one, other):
     return one.dense.tobytes() == other.dense.tobytes() and np.array_equal(one.sparse, other.sparse)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(rows=st.lists(PLAIN, min_size=1, max_size=3), copies=st.sampled_from([1, 1, 30]))
 @example(rows=[{"age": -0.0, "price": 1e308, "count": -3}], copies=1)
 @example(rows=[{}], copies=30)
