@@ -282,8 +282,7 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
         facts[f"best val auc{first and f', {first}'}"] = f"{summary.best_auc:.4f}, step {summary.best_step:,}"
     if summary.validation is not None:
         for label, of in {first: summary.validation, **summary.validation.get("labels", {})}.items():
-            shown = metric_cells(of, digits=4).items()
-            facts |= {f"last val {name}{label and f', {label}'}": value for name, value in shown}
+            facts |= {f"last val {name}{label and f', {label}'}": x for name, x in metric_cells(of, digits=4).items()}
     say_facts(f"trained {run}", facts)
     if summary.validation is not None:
         for label, of in {first: summary.validation, **summary.validation.get("labels", {})}.items():
