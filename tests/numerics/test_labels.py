@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from helpers.days import last_state
 from helpers.trainings import logged, losses
 from torchdlrm import compare, evaluate, load_config, plan, train
 from torchdlrm.config import config_toml
-from torchdlrm.errors import ConfigError, DatasetError, RunError
+from torchdlrm.errors import ConfigError, DatasetError, RunError, UserError
+from torchdlrm.evaluation.predictions import PredictedRows, write_predictions
 from torchdlrm.evaluation.report import report_page, runs_page
+from torchdlrm.judged import Judged
 from torchdlrm.planning.plan import PlanRequest
 from torchdlrm.training.run import Run
 
@@ -62,7 +65,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(ple_run, two_
 
 
 def test_each_label_is_judged_by_its_own_rows(ple_run, tmp_path):
-    found = evaluate(ple_run, predictions=tmp_path / "rows.parquet")
+    found = evaluate(ple_run, predictions=tmp_path / "rows.parquet", columns=["purchase"])  # is there anyway
     rows = pl.read_parquet(tmp_path / "rows.parquet")
     assert rows.columns == ["row", "label", "prediction", "logit", "purchase", "prediction_purchase", "logit_purchase"]
     for metrics, label, of in ((found, "label", ""), (found["labels"]["purchase"], "purchase", "_purchase")):
@@ -71,6 +74,10 @@ def test_each_label_is_judged_by_its_own_rows(ple_run, tmp_path):
         assert metrics["logloss"] == pytest.approx(log_loss(labels, predictions), abs=1e-6)
         assert metrics["clicks"] == labels.sum()
     assert (rows["prediction_purchase"] <= rows["prediction"]).all()
+    judged = Judged.of(np.array([0, 1], np.uint8), np.array([0.5, 1.0]))
+    twice = replace(PredictedRows.of("", judged, pl.DataFrame(), {}), others={"label": judged})
+    with pytest.raises(UserError, match="label is a label, and what a column of the file's own is called"):
+        write_predictions(twice, tmp_path / "twice.parquet")
     other = evaluate(ple_run, label="purchase")
     assert (other["label"], other["auc"]) == ("purchase", found["labels"]["purchase"]["auc"])
     assert other["labels"]["click"]["auc"] == found["auc"]

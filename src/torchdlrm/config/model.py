@@ -282,4 +282,4 @@ class ModelConfig(Section):
             if feature.pooling != "attention":
                 for leaf, _ in changed_settings(feature):
                     if leaf in _OF_ATTENTION:
-                        yield f"{key}.{leaf}: only pooling = attention reads it; set {key}.pooling too"
+                        yield f"{key}.{leaf}: only pooling = attention reads it; leave it out, or set {key}.pooling"

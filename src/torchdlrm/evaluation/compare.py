@@ -84,8 +84,7 @@ def compare(
     taken = {name for kind in kinds.values() for name in TAKES[kind]}
     columns = columns_of(by) if by else ()
     asked = Asked(dataset=dataset, split=split, columns=columns, group=group, label=label, weight=weight, device=device)
-    known: list[tuple[Path, int, str]] = []  # of each source how many rows it has, and which
-    judged_by: list[str] = []
+    known: list[tuple[Path, int, str, str]] = []  # of each source how many rows it has, which, and by what label
     sliced = {_path(sources[0]): name for name, sources in named.items()}
     first: list[PredictedRows] = []
     lost: dict[str, list[Slice]] = {}
@@ -102,14 +101,13 @@ def compare(
     def read(source: Source) -> Judged:
         path, rows = _path(source), predict(source)
         assert rows is not None, "this is rank 0"
-        known.append((path, rows.judged.sums.rows, rows.rows))
-        judged_by.append(rows.about["label"])
+        known.append((path, rows.judged.sums.rows, rows.rows, rows.about["label"]))
         labels.append(rows.about["label"] if rows.others else label)
-        if known[0][1:] != known[-1][1:]:
+        if known[0][1:3] != known[-1][1:3]:
             numbers = known[0][1], known[-1][1]
             what = "{:,} and {:,}".format(*numbers) if len({*numbers}) > 1 else "their labels or weights differ"
-            if judged_by[0] != judged_by[-1]:
-                what = f"by the labels {judged_by[0]} and {judged_by[-1]}; `label` names one that both have"
+            if known[0][3] != known[-1][3]:
+                what = f"by the labels {known[0][3]} and {known[-1][3]}; `label` names one that both have"
             raise DatasetError(
                 f"{known[0][0]} and {path} were judged on different rows ({what}), so a difference would say nothing "
                 "about the models; let both predict the same split of the same dataset, or the same log"

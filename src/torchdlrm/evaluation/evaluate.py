@@ -118,7 +118,7 @@ def evaluate(
     if rows is None:
         return None
     if out is not None:
-        write_predictions(replace(rows, columns=rows.columns.select(columns)), out)
+        write_predictions(replace(rows, columns=rows.columns.select(c for c in columns if c not in rows.others)), out)
     judged = rows.judged
     result = {**rows.about, **first_and_others({"": judged, **rows.others}, _metrics)}
     if by is not None:

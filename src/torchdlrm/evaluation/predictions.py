@@ -217,8 +217,11 @@ def write_predictions(rows: PredictedRows, out: Path) -> None:
     Behind them stand, by their names, the other labels and what is predicted of them.
 
     Raises:
-        UserError: the name asks for no format, or cannot be written to.
+        UserError: the name asks for no format, or cannot be written to; or another label has the name of such a column.
     """
+    for name in {*rows.others} & {*OWN_COLUMNS}:
+        msg = f"`predictions`: {name} is a label, and what a column of the file's own is called; give `label` = {name}"
+        raise UserError(msg)
     with writing_scores(out, "predictions") as writer:
         for block in [*rows.judged.blocks()] or [slice(0, 0)]:
             own = [pl.Series("row", np.arange(block.start, block.stop)), *rows.columns[block]]
