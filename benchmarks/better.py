@@ -8,15 +8,25 @@ trains `criteo-small` on each cut with the same seeds, with numbers as they are 
 (`bucketed`). The table has a seed's mean AUC over the blocks, and that of the last block alone, before which there are
 most rows. Differences from the first variant are paired by seed; their intervals are of Student's t over the seeds.
 
+    python benchmarks/better.py train.txt --folder better --price
+
+measures what five members cost beside `criteo-small`, by turns on one thread, in about three minutes: the time of a
+training, and the latency over HTTP of 1, 8 and 64 rows, the last column with `--dense-precision bfloat16`.
+
 Each training appends a line to runs.jsonl in the folder; those that are there already are not repeated.
 """
 
 import argparse
 import gzip
+import http.client
 import itertools
 import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -29,7 +39,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read wh
 import numpy as np
 from scipy import stats
 
-from torchdlrm import Dataset, binary_metrics, evaluate, load_config, preprocess, train
+from serve import read_rows
+from torchdlrm import Dataset, ExportOptions, binary_metrics, evaluate, export, load_config, preprocess, train
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import rows_of_split
 from torchdlrm.exporting.checkpoint import CheckpointModel
@@ -99,8 +110,12 @@ def main(variants: Mapping[str, Variant] = VARIANTS, description: str | None = _
     parser.add_argument("--blocks", type=int, default=4, help="blocks of rows that are judged")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a thread of its own")
     parser.add_argument("--json", type=Path, help="write the table here, too")
+    parser.add_argument("--price", action="store_true", help="measure training time and latency of five members")
     options = parser.parse_args()
-    make_datasets(options.log, options.folder, options.blocks)
+    make_datasets(options.log, options.folder, 1 if options.price else options.blocks)
+    if options.price:
+        print_prices(options.folder)
+        return
     lines, asked = options.folder / LINES, set(tasks(options.variants, options.blocks, options.seeds))
     done = {task_of(run) for run in read(lines)}
     left = sorted(asked - done, key=lambda task: task[3])  # all of a seed, then all of the next one
@@ -168,6 +183,79 @@ def one_run(folder: Path, variant: Variant, name: str, dataset: str, cut: int, s
     figures = {"auc": found["auc"], "logloss": found["logloss"], "rows_per_s": history.summary.rows_per_s}
     with (folder / LINES).open("a") as file:
         file.write(json.dumps({**task, **figures}) + "\n")
+
+
+def print_prices(folder: Path, rounds: int = 7) -> None:
+    """What five members cost, medians of turns."""
+    priced = {"dot": Variant(), "members": ensemble(5) | decay(0.03)}
+    with TemporaryDirectory() as place:
+
+        def trained(name: str, dataset: str, turn: int) -> tuple[float, float]:
+            of, run = priced[name], Path(place) / f"{name}-{dataset}-{turn}"
+            settings = {"logging.tensorboard": "false", "train.num_threads": 1, **of.settings}
+            config = load_config("criteo-small", {key: str(value) for key, value in settings.items()})
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
+            train(config, folder / f"{dataset}-0", run, model_class=of.model_class, progress=False)
+            return time.process_time() - began_cpu_s, time.perf_counter() - began_s
+
+        for dataset in SCHEMAS:
+            turns = [{name: trained(name, dataset, turn) for name in priced} for turn in range(rounds + 1)][1:]
+            for kind, of in (("CPU", 0), ("wall", 1)):
+                print_ratio(f"training, {dataset}, {kind} s", {n: [t[n][of] for t in turns] for n in priced})
+        for dataset in SCHEMAS:
+            bundles: dict[Path, str | None] = {}  # and their model classes
+            rounded = ExportOptions(dense_precision="bfloat16")
+            kinds = {"dot": ExportOptions(), "members": ExportOptions(), "members 16": rounded}
+            for kind, how in kinds.items():
+                name, bundle = kind.split()[0], Path(place) / f"{kind}-{dataset}"
+                model_class = priced[name].model_class
+                export(
+                    Path(place) / f"{name}-{dataset}-0", bundle, options=how, model_class=model_class, progress=False
+                )
+                bundles[bundle] = model_class
+            print_latencies(folder / "0.tsv", bundles, dataset)
+
+
+def print_latencies(log: Path, bundles: Mapping[Path, str | None], dataset: str) -> None:
+    """Of servers that are asked by turns."""
+    rows = read_rows(log, 64)
+    servers, connections = [], {}
+    try:
+        for bundle, model_class in bundles.items():
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command = [sys.executable, "-m", "torchdlrm", "serve", str(bundle), "--port", str(port)]
+            command += ["--model-class", model_class] if model_class else []
+            servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            connections[bundle] = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            for _ in range(600):
+                try:
+                    connections[bundle].connect()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+        for num_rows, turns in ((1, 600), (8, 600), (64, 300)):
+            body = json.dumps(rows[:num_rows])
+            times_ms: dict[Path, list[float]] = {bundle: [] for bundle in bundles}
+            for _, bundle in itertools.product(range(turns), bundles):
+                began_s = time.perf_counter()
+                connections[bundle].request("POST", "/predict", body)
+                answer = connections[bundle].getresponse()
+                assert answer.read(), answer.status
+                assert answer.status == http.client.OK, answer.status
+                times_ms[bundle].append(1000 * (time.perf_counter() - began_s))
+            print_ratio(f"latency, {dataset}, {num_rows} rows, ms", times_ms)
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
+
+
+def print_ratio(what: str, values: Mapping[Any, Sequence[float]]) -> None:
+    """Medians, and their ratios to the first one."""
+    first, *others = (statistics.median(of) for of in values.values())
+    print(f"{what:32} {first:8.2f}", *(f"{other:8.2f} x{other / first:.2f}" for other in others), flush=True)
 
 
 def averaged_metrics(folder: Path, path: Path, variant: Variant) -> dict[str, Any]:

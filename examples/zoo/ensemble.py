@@ -38,6 +38,25 @@ class Layers(nn.Module):
         return inputs
 
 
+class OverArches(Layers):
+    """Over arches of k members: [k, B, I] -> logits [B, k].
+
+    The last layers are one `nn.Linear`, which reads the hidden units of each member in turn; of what it makes of a
+    member's, the member's own number is its logit. So a bundle computes them in float32, and all before them in
+    bfloat16 (docs/models.md).
+    """
+
+    def __init__(self, sizes: Sequence[int], num_members: int) -> None:
+        super().__init__(sizes, num_members)
+        self.last = nn.Linear(sizes[-2], num_members)
+        self.last.weight.data, self.last.bias.data = self.weights[-1].data[:, :, 0], self.biases[-1].data.flatten()
+        self.weights, self.biases = self.weights[:-1], self.biases[:-1]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map the rows."""
+        return self.last(super().forward(inputs).relu()).diagonal(dim1=0, dim2=2)
+
+
 class DenseArches(nn.Module):
     """The dense arches of k members: [B, I] -> [k, B, D / k]."""
 
@@ -69,7 +88,7 @@ class Ensemble(DLRM):
         _, in_size = self.make_interaction(self.sparse_arch.F, self.sparse_arch.D)
         device = arguments["dense_device"]
         self.dense_arch = DenseArches(first, [*hidden, dim // num_members], num_members).to(device)
-        self.over_arch = Layers([in_size, *over_arch_layer_sizes], num_members).to(device)
+        self.over_arch = OverArches([in_size, *over_arch_layer_sizes], num_members).to(device)
 
     def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
         """The dot products of all pairs of a member's vectors, and how many numbers its over arch reads."""
@@ -84,7 +103,7 @@ class Ensemble(DLRM):
         dense = self.dense_arch(dense_features)
         sparse = self.sparse_arch(sparse_features).unflatten(2, (self.num_members, -1)).permute(2, 0, 1, 3)
         inputs = self.inter_arch(dense.flatten(0, 1), sparse.flatten(0, 1)).unflatten(0, (self.num_members, -1))
-        members = self.over_arch(inputs).float().squeeze(2).t()
+        members = self.over_arch(inputs).float()
         logits = members.mean(dim=1, keepdim=True)
         return (logits, members) if self.training else logits
 
