@@ -85,7 +85,7 @@ def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(dlrm, tmp_pa
         ballast.write_bytes(bytes(5_800_000))
         done = dlrm("preprocess", log, "--out", small / "dataset")
         assert done.returncode == 1, done.stderr  # it may be tried again
-        assert "kB free, and the job needs up to " in done.stderr
+        assert "MB free, and the job needs up to " in done.stderr
         code = (
             "from torchdlrm.preprocessing import preprocess as module; module.check_disk = lambda *_: None;"
             "from torchdlrm.cli.main import main; main()"
