@@ -162,8 +162,7 @@ def found(small_dataset, tmp_path_factory):
                 text = text.replace(before, inserted + before)
             (copy / name).write_text(text)
     command = [sys.executable, "-c", SCRIPT, str(small_dataset.path), str(folder)]
-    # All kernels of a copy are compiled again, which is quicker without LLVM's optimisation.
-    environment = os.environ | {"PYTHONPATH": str(folder), "NUMBA_OPT": "0"}
+    environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
