@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import importlib
 import json
 import multiprocessing.util
 import os
@@ -11,9 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -31,9 +28,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read wh
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-WRITES_NO_BYTECODE = pytest.StashKey[bool]()
-
-
 def pytest_configure(config):
     """The suite computes on the processor wherever it runs; only `pytest tests/gpu`, by itself, sees the GPUs.
 
@@ -45,28 +39,8 @@ def pytest_configure(config):
             multiprocessing.util.spawnv_passfds = lambda *arguments: shared_server().spawn(*arguments)
 
 
-def pytest_sessionstart(session):
-    """Of several workers that run all tests, each loads its share of the modules before it collects them.
-
-    pytest keeps what it makes of a module's asserts, which takes a third of the time: the others then read it. For this
-    Python writes bytecode until all is collected, not later: some tests write modules, and may write them again.
-    """
-    session.config.stash[WRITES_NO_BYTECODE] = sys.dont_write_bytecode
-    sys.dont_write_bytecode = False
-    worker = getattr(session.config, "workerinput", None)
-    if worker is None or session.config.args != session.config.getini("testpaths"):
-        return
-    folders = (Path(__file__).parent / name for name in ("integration", "numerics", "unit"))
-    paths = sorted(path for folder in folders for path in folder.rglob("test_*.py"))
-    for path in paths[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
-        sys.path.append(str(path.parent))
-        with suppress(Exception, pytest.skip.Exception):  # collecting will say what is wrong with it
-            importlib.import_module(path.stem)
-
-
-def pytest_collection_finish(session):
+def pytest_collection_finish():
     """No later collection of garbage looks through the modules and tests that are there now."""
-    sys.dont_write_bytecode = session.config.stash[WRITES_NO_BYTECODE]  # tests write modules themselves
     gc.collect()
     gc.freeze()
 
