@@ -270,7 +270,7 @@ def test_a_run_learns_the_label_that_its_config_names_and_is_judged_by_it(folder
     assert result["label"] == "bought"
     assert result["auc"] == pytest.approx(judged(bought, found.logits, found.weights)["auc"])
     assert result["auc"] > 0.7
-    with pytest.raises(DatasetError, match="their labels or weights differ"):
+    with pytest.raises(DatasetError, match="by the labels click and bought"):
         compare(folder / "run", f"other={run}")
     with pytest.raises(RunError, match="label"):
         train(load_config("criteo-small", settings | {"train.label": "click"}), folder / "dataset", run)
